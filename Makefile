@@ -1,0 +1,35 @@
+# make train   set up everything, then train the quickstart recipe
+# make test    set up everything, then run the tests
+# Both work on a fresh Debian or Ubuntu machine; what is set up already is not set up again.
+
+PYTHON ?= python3
+VENV   ?= .venv
+READY  := $(VENV)/.ready
+BIN    := $(VENV)/bin
+
+.PHONY: train test lint bench setup clean
+.DEFAULT_GOAL := train
+
+train: $(READY)
+	$(BIN)/python -m rsengine.train --or-digits $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(READY)
+	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
+
+setup: $(READY)
+
+$(READY): setup.py constraints.txt scripts/system_packages.sh
+	sh scripts/system_packages.sh $(PYTHON)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,13 @@
+"""Data sets: from any form a user has them in to .beton files, once, and checked.
+
+`find_dataset` is what training calls: it finds a data set, converts it where needed and returns its description.
+`convert` does one conversion, `load_dataset` reads the description of a converted one. Importing this package imports
+none of FFCV, torch, torchvision, pyarrow and scikit-learn.
+"""
+
+from rsengine.data.convert import convert
+from rsengine.data.dataset import Dataset, load_dataset
+from rsengine.data.errors import DataError
+from rsengine.data.find import find_dataset
+
+__all__ = ["DataError", "Dataset", "convert", "find_dataset", "load_dataset"]

@@ -1,0 +1,258 @@
+"""Checksums, archives and pickles: everything that reads bytes which somebody else made.
+
+No member of an archive ever becomes a file under its own name: the contents are appended to one spool file in the
+temporary folder of the conversion, and a member is an offset and a length in it. A hostile name therefore has nowhere
+to escape to; it is refused all the same, as are links and devices, because such an archive is damaged or dangerous.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import io
+import lzma
+import pickle
+import re
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from rsengine.data.errors import DataError
+
+BLOCK = 1 << 20
+# An archive may unpack to at most this many times its own size, or to a gibibyte if that is more. Photographs barely
+# compress; 60,000 tiny JPEGs in a tar, whose headers do, give a factor of seven.
+LARGEST_RATIO, LARGEST_SMALL = 100, 1 << 30
+MAGIC: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, gzip.BadGzipFile)
+
+
+class Blob(NamedTuple):
+    """A piece of a file: `size` bytes at `offset` of `path`, up to the end of the file when `size` is -1."""
+
+    path: str
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        """The bytes. Raises OSError; DataError when the file has become too short."""
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            data = file.read(self.size) if self.size >= 0 else file.read()
+        if self.size >= 0 and len(data) != self.size:
+            raise DataError(f"{self.path}: became shorter during the conversion; run it again")
+        return data
+
+
+class Spool:
+    """A file that byte strings are appended to, each remembered as a `Blob`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._size = 0
+        self._file = path.open("xb")
+
+    def append(self, data: bytes) -> Blob:
+        """Store `data`; readable after `close`."""
+        self._file.write(data)
+        blob = Blob(str(self.path), self._size, len(data))
+        self._size += len(data)
+        return blob
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def file_digest(path: Path, algorithm: str) -> str:
+    """Hexadecimal digest of a file's content; `algorithm` is a name hashlib knows."""
+    # md5 identifies the published archives here; nothing relies on it being hard to forge.
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_archive(path: Path) -> bool:
+    """Whether the file is a tar (plain or compressed with gzip, bzip2 or xz) or a zip, judged by its first bytes."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    return start.startswith((b"PK\x03\x04", b"PK\x05\x06", *MAGIC)) or start[257:262] == b"ustar"
+
+
+def unpack(path: Path, spool: Spool) -> tuple[dict[str, Blob], set[str]]:
+    """Append the regular files of an archive to `spool`.
+
+    Returns:
+        name -> Blob of the files, and the names of the folders; names are relative, with forward slashes.
+
+    Raises:
+        DataError: damaged or truncated archive; a member that is a link, a device or encrypted, or whose name leaves
+            the folder; an archive that unpacks to an absurd size.
+    """
+    limit = max(LARGEST_SMALL, LARGEST_RATIO * path.stat().st_size)
+    with path.open("rb") as file:
+        start = file.read(6)
+    try:
+        if start.startswith(b"PK"):
+            return _unpack_zip(path, spool, limit)
+        return _unpack_tar(path, spool, limit, start)
+    except DAMAGED as error:
+        raise _damaged(path, error) from error
+    except OSError as error:
+        if error.errno is not None:  # the disk is full, say
+            raise
+        raise _damaged(path, error) from error  # the bz2 module's way of reporting damage
+
+
+def _damaged(path: Path, error: BaseException) -> DataError:
+    return DataError(f"{path}: truncated or damaged archive ({error}); download or copy it again")
+
+
+class _Bounded:
+    """Reads an uncompressed tar stream: counts the bytes against a limit, and remembers where the zeros at the end
+    begin."""
+
+    def __init__(self, file: IO[bytes], path: Path, limit: int) -> None:
+        self._file, self._path, self._limit = file, path, limit
+        self.count, self.zeros_from = 0, 0
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        if significant := len(data.rstrip(b"\0")):
+            self.zeros_from = self.count + significant
+        self.count += len(data)
+        if self.count > self._limit:
+            raise _too_large(self._path, self._limit)
+        return data
+
+
+def _unpack_tar(path: Path, spool: Spool, limit: int, start: bytes) -> tuple[dict[str, Blob], set[str]]:
+    opener = next((MAGIC[magic] for magic in MAGIC if start.startswith(magic)), open)
+    files: dict[str, Blob] = {}
+    folders: set[str] = set()
+    with opener(path, "rb") as raw:
+        stream = _Bounded(raw, path, limit)
+        with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
+            while (member := tar.next()) is not None:
+                tar.members = []  # the module would keep every header in memory
+                name = _safe_name(path, member.name)
+                if member.isdir():
+                    folders.add(name)
+                elif member.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
+                    content = tar.extractfile(member)
+                    if content is None:
+                        raise _damaged(path, ValueError(f"{member.name} has no content"))
+                    # A name that comes twice means the later one, as in tar itself.
+                    files[name] = _append(path, spool, content, member.name, member.size)
+                else:
+                    raise DataError(
+                        f"{path}: {member.name} is a link, a device or a sparse file, which are not unpacked; "
+                        "pack the plain files (tar --dereference)"
+                    )
+            end = tar.offset
+        # tarfile takes a missing end marker, and a header it cannot read, for the end. So read on, which also verifies
+        # the checksum of the compression, and insist on a block of zeros there and nothing behind it.
+        while stream.read(BLOCK):
+            pass
+    if stream.count < end + tarfile.BLOCKSIZE or stream.zeros_from > end:
+        raise _damaged(path, EOFError(f"no proper end after {end} bytes"))
+    return files, folders
+
+
+def _unpack_zip(path: Path, spool: Spool, limit: int) -> tuple[dict[str, Blob], set[str]]:
+    files: dict[str, Blob] = {}
+    folders: set[str] = set()
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > limit:
+            raise _too_large(path, limit)
+        for member in members:
+            name = _safe_name(path, member.filename)
+            kind = stat.S_IFMT(member.external_attr >> 16)
+            if member.is_dir():
+                folders.add(name)
+                continue
+            if kind not in (0, stat.S_IFREG):
+                raise DataError(f"{path}: {member.filename} is a link or a device; pack the plain files")
+            if member.flag_bits & 1:
+                raise DataError(f"{path}: {member.filename} is encrypted; pack it without a password")
+            try:
+                content = archive.open(member)
+            except NotImplementedError as error:
+                raise DataError(f"{path}: {member.filename}: {error}; pack it with deflate") from error
+            with content:
+                files[name] = _append(path, spool, content, member.filename, member.file_size)
+    return files, folders
+
+
+def _append(path: Path, spool: Spool, content: IO[bytes], name: str, size: int) -> Blob:
+    data = content.read(size)
+    if len(data) != size or content.read(1):  # the second read makes zipfile verify the checksum
+        raise _damaged(path, EOFError(f"{name} has not the {size} bytes it should have"))
+    return spool.append(data)
+
+
+def _too_large(path: Path, limit: int) -> DataError:
+    return DataError(
+        f"{path}: unpacks to more than {limit >> 20} MiB, which no data set of this size does; "
+        "if it is genuine, unpack it yourself and give the folder"
+    )
+
+
+def _safe_name(path: Path, name: str) -> str:
+    parts = name.split("/")
+    if name.startswith("/") or "\\" in name or "\0" in name or ".." in parts or re.match(r"^[A-Za-z]:", name):
+        raise DataError(f"{path}: member {name!r} points outside the archive; do not trust this file")
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
+def _reconstruct(subtype: type, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """numpy's own helper of this name, for the one use it has in a pickle: an empty array that is filled later."""
+    if subtype is not np.ndarray or shape != (0,):
+        raise pickle.UnpicklingError("an array that is not a plain one")
+    return np.ndarray(shape, np.uint8)
+
+
+# All that the pickles of the official archives refer to; numpy 2 renamed one module.
+ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ALLOWED:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no CIFAR archive does")
+        return ALLOWED[module, name]
+
+
+def restricted_loads(data: bytes, name: str) -> Any:
+    """Unpickle `data`, allowing plain containers, numbers, strings and numpy arrays, and nothing that runs code.
+
+    Strings written by Python 2 come out as str, one character a byte. `name` stands in the error message.
+
+    Raises:
+        DataError: not a pickle, cut short, or referring to anything else.
+    """
+    try:
+        return _Unpickler(io.BytesIO(data), encoding="latin1").load()
+    except Exception as error:
+        # A made-up pickle can make the machine of the pickle module raise nearly anything.
+        raise DataError(f"{name}: refused or damaged pickle ({error}); get the official file again") from error

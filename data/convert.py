@@ -1,0 +1,237 @@
+"""Convert a data set of any form to train.beton, test.beton and dataset.json.
+
+    python data/convert.py SOURCE --out DIR
+
+SOURCE is an official CIFAR-10 or CIFAR-100 archive or folder (python or binary version), a Parquet file or a folder of
+them, class folders or a tar or zip of them, or the word `digits`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from rsengine.data.beton import IMAGE_FORMATS, Job, write_betons
+from rsengine.data.dataset import BETONS, DESCRIPTION, Dataset, load_dataset
+from rsengine.data.errors import DataError
+from rsengine.data.scan import Scan, scan
+from rsengine.data.source import Source
+from rsengine.data.sources import open_source
+from rsengine.data.staging import staged_folder
+from rsengine.data.tree import digest_of_list
+
+PACKAGES = ("rsengine", "ffcv", "numpy", "pillow")
+LARGEST_SIZE = 4096
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    size: int | None = None,
+    verify: bool = True,
+    image_format: str = "raw",
+    test_fraction: float | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+    log: Callable[[str], None] = print,
+) -> Dataset:
+    """Convert `source` to the folder `out`, which is complete when this returns and untouched when it raises.
+
+    Args:
+        source: a path, or "digits"; see `rsengine.data.sources.open_source`.
+        out: a folder that does not exist or is empty.
+        size: resize the shorter side to so many pixels and cut out the middle square; None keeps every size.
+        verify: compare official CIFAR files with their published checksums.
+        image_format: "raw" (exact), or "jpg" (JPEG of quality 95: smaller, not exact).
+        test_fraction: share of every class to test on where the source has no test set; default 0.1, for digits 0.2.
+        seed: chooses those samples.
+        workers: processes that decode; default one a processor.
+        overwrite: replace a converted data set in `out`.
+        progress: show progress bars when the error output is a terminal.
+        log: is told, in single lines, what was decided on the way.
+
+    Returns:
+        The data set, as `load_dataset(out)` returns it.
+
+    Raises:
+        DataError: one line naming the file and the remedy.
+        ValueError: an option out of range.
+    """
+    _check_options(size, image_format, test_fraction, workers)
+    out = Path(out).expanduser()
+    workers = workers or len(os.sched_getaffinity(0))
+    try:
+        with staged_folder(out, overwrite=overwrite) as folder:
+            scratch = folder / "scratch"
+            scratch.mkdir()
+            opened = open_source(source, scratch, verify=verify, test_fraction=test_fraction, seed=seed, log=log)
+            _check(opened, source)
+            splits = {"train": opened.train, "test": opened.test}
+            if size is not None:
+                splits = {name: split.resized(size) for name, split in splits.items()}
+            scans = {
+                name: scan(split, workers=workers, progress=progress, description=f"check {name}")
+                for name, split in splits.items()
+            }
+            jobs = [Job(folder / BETONS[name], split, scans[name]) for name, split in splits.items()]
+            write_betons(jobs, scratch, image_format=image_format, workers=workers, progress=progress)
+            for left in scratch.iterdir():
+                left.unlink()
+            scratch.rmdir()
+            options = {"size": size, "verify": verify, "test_fraction": test_fraction, "seed": seed}
+            dataset = _describe(folder, opened, scans, image_format, options)
+            # Last of all, since this is the file that makes the folder a data set.
+            (folder / DESCRIPTION).write_text(dataset.to_json(), encoding="utf-8")
+    except OSError as error:
+        name = error.filename if error.filename is not None else out
+        raise DataError(f"{name}: {error.strerror or error}; check the path, permissions and disk space") from error
+    return load_dataset(out)
+
+
+def _check_options(size: int | None, image_format: str, test_fraction: float | None, workers: int | None) -> None:
+    if size is not None and not 1 <= size <= LARGEST_SIZE:
+        raise ValueError(f"size: expected 1 … {LARGEST_SIZE} pixels, got {size}")
+    if image_format not in IMAGE_FORMATS:
+        raise ValueError(f"image_format: expected {' or '.join(IMAGE_FORMATS)}, got {image_format}")
+    if test_fraction is not None and not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction: expected a share between 0 and 1, got {test_fraction}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers: expected at least 1, got {workers}")
+
+
+def _check(source: Source, given: str | Path) -> None:
+    """Raise DataError unless every class has a sample in either split."""
+    if len(source.classes) < 2:
+        raise DataError(f"{given}: at least two classes are needed, found {len(source.classes)}; give more data")
+    for name, split in (("train", source.train), ("test", source.test)):
+        counts = np.bincount(split.labels, minlength=len(source.classes))
+        if len(empty := np.flatnonzero(counts == 0)):
+            raise DataError(
+                f"{given}: class {source.classes[empty[0]]} has no images in {name}; add some, or take the class out"
+            )
+
+
+def _describe(
+    folder: Path, source: Source, scans: dict[str, Scan], image_format: str, options: dict[str, object]
+) -> Dataset:
+    mean, std = scans["train"].mean_and_std()
+    sizes = {each.image_size() for each in scans.values()}
+    counts = {
+        name: tuple(int(n) for n in np.bincount(split.labels, minlength=len(source.classes)))
+        for name, split in (("train", source.train), ("test", source.test))
+    }
+    checksum = source.checksum
+    if checksum is None:
+        digests = scans["train"].digests + scans["test"].digests
+        checksum = digest_of_list(zip(source.paths, digests, strict=True))
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"  # rsengine run from a checkout
+    return Dataset(
+        folder=folder,
+        name=source.name,
+        classes=source.classes,
+        train_count=sum(counts["train"]),
+        test_count=sum(counts["test"]),
+        class_counts=counts,
+        image_size=sizes.pop() if len(sizes) == 1 else None,
+        mean=mean,
+        std=std,
+        checksum=checksum,
+        source=source.form,
+        image_format=image_format,
+        versions=versions,
+        options=options,
+    )
+
+
+def summary(dataset: Dataset, seconds: float) -> str:
+    """Two lines about a conversion that has just ended, and how to train on the result."""
+    size = "sizes differ" if dataset.image_size is None else f"{dataset.image_size[1]}×{dataset.image_size[0]}"
+    mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (dataset.mean, dataset.std))
+    first = (
+        f"{dataset.name}: {dataset.train_count} training and {dataset.test_count} test images, "
+        f"{len(dataset.classes)} classes, {size}, mean ({mean}), std ({std}), {seconds:.1f} s"
+    )
+    if dataset.image_size is None:
+        return f"{first}\nTraining needs one size: convert again with --size N"
+    return f"{first}\nTrain on it with: python -m rsengine.train --data {shlex.quote(str(dataset.folder))}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert.py", description="Convert a data set to train.beton, test.beton and dataset.json."
+    )
+    parser.add_argument("source", metavar="SOURCE", help="CIFAR archive or folder, Parquet, class folders, or digits")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder to write; must not exist, or be empty")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--size", type=int, metavar="N", help="resize the shorter side to N pixels, crop to N×N")
+    sizes.add_argument("--keep-size", action="store_true", help="keep the size of every image (the default)")
+    parser.add_argument("--no-verify", action="store_true", help="do not check the checksums of official CIFAR files")
+    parser.add_argument("--image-format", choices=IMAGE_FORMATS, default="raw", help="raw (exact) or jpg (smaller)")
+    parser.add_argument(
+        "--test-fraction", type=float, metavar="F", help="share to test on without a test set (0.1; digits 0.2)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses that share (default 0)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a processor)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a converted data set in DIR")
+    parser.add_argument("--quiet", action="store_true", help="say nothing unless something is wrong")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    start = time.monotonic()
+
+    def say(line: str) -> None:
+        if not options.quiet:
+            print(line, flush=True)
+
+    try:
+        _check_options(options.size, options.image_format, options.test_fraction, options.workers)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        dataset = convert(
+            options.source,
+            options.out,
+            size=options.size,
+            verify=not options.no_verify,
+            image_format=options.image_format,
+            test_fraction=options.test_fraction,
+            seed=options.seed,
+            workers=options.workers,
+            overwrite=options.overwrite,
+            progress=not options.quiet,
+            log=say,
+        )
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    say(summary(dataset, time.monotonic() - start))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Find a data set to train on, converting it into a cache where needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from rsengine.data.archives import file_digest
+from rsengine.data.convert import convert
+from rsengine.data.dataset import DESCRIPTION, FORMAT_VERSION, Dataset, load_dataset
+from rsengine.data.errors import DataError
+from rsengine.data.official import BY_ARCHIVE, FOLDERS
+from rsengine.data.sources import DIGITS, source_name
+
+VARIABLE = "RSENGINE_DATA"
+CACHE_VARIABLE = "RSENGINE_CACHE"
+LOCAL_FOLDER = "data"
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"  # where torchvision gets it too
+PROBE_SECONDS, DOWNLOAD_SECONDS = 4.0, 30.0  # without an answer; a download as a whole may take longer
+
+
+def find_dataset(
+    data: str | os.PathLike[str] | None = None,
+    *,
+    size: int | None = None,
+    fallback_digits: bool = False,
+    download: bool = True,
+    progress: bool = True,
+    log: Callable[[str], None] = print,
+) -> Dataset:
+    """The data set to train on.
+
+    With `data`: a converted folder, "digits", or any source `convert` reads. Without: the environment variable
+    RSENGINE_DATA, which may name the same things; the folder data/ under the current one, with a converted data set or
+    an official CIFAR archive or folder in it; a download of CIFAR-10 through torchvision. Sources are converted into
+    the cache folder ($RSENGINE_CACHE, $XDG_CACHE_HOME/rsengine or ~/.cache/rsengine) and found there the next time.
+
+    Args:
+        data: see above.
+        size: side in pixels to resize and crop to; None keeps every size. Has no effect on a converted folder.
+        fallback_digits: take the handwritten digits when nothing is found, instead of raising. Not for a `data` or
+            RSENGINE_DATA that is wrong: that is an error in any case.
+        download: whether the network may be tried.
+        progress: show progress bars when the error output is a terminal.
+        log: is told every choice in one line.
+
+    Raises:
+        DataError: what was asked for is wrong, or nothing was found; one line with the remedy.
+    """
+
+    def open_any(what: str | Path) -> Dataset:
+        return _open(what, size, progress, log)
+
+    if data is not None:
+        return open_any(os.fspath(data))
+    if value := os.environ.get(VARIABLE, "").strip():
+        log(f"data: {VARIABLE} names {value}")
+        return open_any(value)
+    local = Path(LOCAL_FOLDER)
+    if (known := known_in(local)) is not None:
+        log(f"data: found {known}")
+        return open_any(known)
+    looked = f"{VARIABLE} is not set, and {local.absolute()} holds no converted data set and no CIFAR archive"
+    problem = "downloads are switched off"
+    if download:
+        try:
+            return open_any(download_cifar10(log))
+        except _NoDownload as error:
+            problem = str(error)
+    if fallback_digits:
+        log(f"data: {looked}; {problem}. Falling back to scikit-learn's handwritten digits: a working run, not CIFAR")
+        return open_any(DIGITS)
+    raise DataError(
+        f"no data set: {looked}; {problem}. Give --data with a CIFAR archive, a converted folder or class folders, "
+        f"set {VARIABLE} to one, or use --data digits"
+    )
+
+
+def cache_folder() -> Path:
+    """$RSENGINE_CACHE, else $XDG_CACHE_HOME/rsengine, else ~/.cache/rsengine; absolute, need not exist."""
+    if value := os.environ.get(CACHE_VARIABLE):
+        return Path(value).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser().absolute() if base else Path.home() / ".cache") / "rsengine"
+
+
+def known_in(folder: Path) -> Path | None:
+    """A data set in `folder` that needs no guessing: converted (the folder itself, or one directly in it), or an
+    official CIFAR archive or folder, CIFAR-10 before CIFAR-100. None if there is none.
+
+    Raises:
+        DataError: several converted data sets, so that one must be named.
+    """
+    if not folder.is_dir():
+        return None
+    if (folder / DESCRIPTION).is_file():
+        return folder
+    converted = sorted(
+        entry for entry in folder.iterdir() if not entry.name.startswith(".") and (entry / DESCRIPTION).is_file()
+    )
+    if len(converted) > 1:
+        raise DataError(f"{folder}: holds several data sets ({', '.join(e.name for e in converted)}); name one of them")
+    if converted:
+        return converted[0]
+    names: Iterable[str] = (*FOLDERS[:2], *list(BY_ARCHIVE)[::2], *FOLDERS[2:], *list(BY_ARCHIVE)[1::2])
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def fingerprint(source: str | Path, options: dict[str, object]) -> str:
+    """64 hexadecimal digits that change when the source or the options of its conversion do. Quick: names, sizes and
+    times of modification count, not contents. Raises OSError."""
+    entries: list[tuple[str, int, int]] = []
+    if str(source) != DIGITS or Path(source).exists():
+        path = Path(source).resolve()
+        if path.is_dir():
+            entries.append((str(path), 0, 0))
+            for folder, subfolders, names in os.walk(path, followlinks=False):
+                subfolders.sort()
+                for name in (*sorted(names), *subfolders):
+                    full = os.path.join(folder, name)
+                    status = os.stat(full) if os.path.exists(full) else os.lstat(full)
+                    entries.append((os.path.relpath(full, path), status.st_size, status.st_mtime_ns))
+        else:
+            status = path.stat()
+            entries.append((str(path), status.st_size, status.st_mtime_ns))
+    else:
+        entries.append((DIGITS, 0, 0))
+    text = json.dumps([FORMAT_VERSION, sorted(options.items()), entries])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _open(what: str | Path, size: int | None, progress: bool, log: Callable[[str], None]) -> Dataset:
+    digits = str(what) == DIGITS and not Path(what).exists()
+    source: str | Path = DIGITS if digits else Path(what).expanduser()
+    if isinstance(source, Path):
+        if not source.exists():
+            raise DataError(f"{source}: no such file or folder; check --data or {VARIABLE}, or use --data digits")
+        if source.is_dir() and (known := known_in(source)) is not None:
+            if known != source:
+                log(f"data: {source} holds {known.name}")
+            source = known
+            if (source / DESCRIPTION).is_file():
+                dataset = load_dataset(source)
+                log(f"data: {dataset.name} in {source}, {dataset.train_count} + {dataset.test_count} images")
+                return dataset
+    return _converted(source, size, progress, log)
+
+
+def _converted(source: str | Path, size: int | None, progress: bool, log: Callable[[str], None]) -> Dataset:
+    """The conversion of `source` in the cache, made now if it is not there."""
+    try:
+        mark = fingerprint(source, {"size": size})[:12]
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}; check the path and its permissions") from error
+    folder = cache_folder() / "datasets" / f"{source_name(source) if source != DIGITS else DIGITS}-{mark}"
+    damaged = False
+    if folder.exists():
+        try:
+            dataset = load_dataset(folder)
+        except DataError as error:
+            damaged = True
+            log(f"data: {error}; doing so")
+        else:
+            log(f"data: {source}, converted earlier, in {folder}")
+            return dataset
+    log(f"data: converting {source} into {folder}")
+    try:
+        return convert(source, folder, size=size, overwrite=damaged, progress=progress, log=log)
+    except DataError:
+        # Another process may have converted the same source meanwhile; then its result is as good as ours.
+        if not damaged and (folder / DESCRIPTION).is_file():
+            dataset = load_dataset(folder)
+            log(f"data: {source} was converted by another process meanwhile")
+            return dataset
+        raise
+
+
+class _NoDownload(Exception):
+    """Why CIFAR-10 could not be downloaded."""
+
+
+def download_cifar10(log: Callable[[str], None]) -> Path:
+    """The official archive in the cache, downloaded through torchvision if it is not there.
+
+    Raises:
+        _NoDownload: no network, or an incomplete download.
+    """
+    layout = BY_ARCHIVE[URL.rpartition("/")[2]]
+    target = cache_folder() / "downloads" / layout.archive
+    if target.is_file() and file_digest(target, "md5") == layout.md5:
+        return target
+    if (problem := network_problem()) is not None:
+        raise _NoDownload(f"CIFAR-10 cannot be downloaded ({problem})")
+    log(f"data: downloading CIFAR-10 (170 MB) from {URL} into {target.parent}")
+    from torchvision.datasets.utils import download_url
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Into a folder of its own: torchvision writes under the final name, and two processes may be at it.
+    folder = Path(tempfile.mkdtemp(prefix=".download-", dir=target.parent))
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_SECONDS)  # torchvision sets none, and would wait for ever on a dead line
+    try:
+        download_url(URL, str(folder), layout.archive, layout.md5)
+        (folder / layout.archive).rename(target)
+    except (OSError, RuntimeError) as error:  # RuntimeError is torchvision's word for a wrong checksum
+        raise _NoDownload(f"the download of CIFAR-10 failed ({error})") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+        shutil.rmtree(folder)
+    return target
+
+
+def network_problem() -> str | None:
+    """None if the server of CIFAR-10 answers within seconds, otherwise what is wrong. Proxies are honoured."""
+    request = urllib.request.Request(URL, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=PROBE_SECONDS):
+            return None
+    except (urllib.error.URLError, OSError) as error:
+        return f"no answer from {request.host}: {getattr(error, 'reason', None) or error}"

@@ -1,0 +1,18 @@
+"""The fused operations of a ResNet-RS training step, each one public function with one signature for every device.
+
+Imported as ``rsengine.kernels``. Knows torch only; importing it costs nothing else and asks no device anything.
+"""
+
+from .cross_entropy import label_smoothed_cross_entropy
+from .dispatch import explain
+from .ema import ema_update, sgd_ema_step
+from .squeeze_excite import squeeze_excite, squeeze_excite_residual
+
+__all__ = [
+    "ema_update",
+    "explain",
+    "label_smoothed_cross_entropy",
+    "sgd_ema_step",
+    "squeeze_excite",
+    "squeeze_excite_residual",
+]

@@ -1,0 +1,78 @@
+"""Textbook versions of the ops, with the signatures of the public functions: the truth in tests, in any dtype.
+
+Written from the formulas, from elementary operations only, with nothing shared with the implementations they judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def squeeze_excite(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """Hu et al., arXiv 1709.01507, equations 2 to 4. Must move: read x, write y."""
+    n, c, h, w = x.shape
+    squeezed = x.sum(dim=3).sum(dim=2) / (h * w)
+    hidden = (squeezed @ w1.T + b1).clamp_min(0)
+    gate = 1 / (1 + torch.exp(-(hidden @ w2.T + b2)))
+    return x * gate.reshape(n, c, 1, 1)
+
+
+def squeeze_excite_residual(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, shortcut: Tensor, keep_scale: Tensor | None = None
+) -> Tensor:
+    """``relu(shortcut + keep_scale[n] * squeeze_excite(x))``. Must move: read x and shortcut, write y."""
+    branch = squeeze_excite(x, w1, b1, w2, b2)
+    if keep_scale is not None:
+        branch = branch * keep_scale.reshape(-1, 1, 1, 1)
+    return (shortcut + branch).clamp_min(0)
+
+
+def label_smoothed_cross_entropy(
+    logits: Tensor, target: Tensor, smoothing: float = 0.0, reduction: str = "mean"
+) -> tuple[Tensor, Tensor]:
+    """Szegedy et al., arXiv 1512.00567, section 7. Must move: read the logits, write their gradient."""
+    n, c = logits.shape
+    if target.is_floating_point():
+        probabilities, labels = target.to(logits.dtype), target.max(dim=1).indices if n else target.new_zeros(0).long()
+    else:
+        classes = torch.arange(c, device=logits.device)
+        probabilities, labels = (target[:, None] == classes).to(logits.dtype), target
+    smoothed = (1 - smoothing) * probabilities + smoothing / c
+    log_normaliser = torch.log(torch.exp(logits - logits.amax(dim=1, keepdim=True)).sum(dim=1, keepdim=True))
+    log_probabilities = logits - logits.amax(dim=1, keepdim=True) - log_normaliser
+    rows = -(smoothed * log_probabilities).sum(dim=1)
+    predicted = logits.max(dim=1).indices if n else labels
+    correct = (predicted == labels).sum()
+    if reduction == "none":
+        return rows, correct
+    return rows.sum() / (max(n, 1) if reduction == "mean" else 1), correct
+
+
+def ema_update(shadow: Sequence[Tensor], params: Sequence[Tensor], decay: Tensor) -> None:
+    """``shadow = decay * shadow + (1 - decay) * param``. Must move 12 bytes a float32 parameter."""
+    for s, p in zip(shadow, params, strict=True):
+        s.copy_(decay * s + (1 - decay) * p)
+
+
+def sgd_ema_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    shadow: Sequence[Tensor] | None,
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float | Sequence[float],
+    decay: Tensor | None,
+    nesterov: bool = True,
+) -> None:
+    """Sutskever et al. 2013 in the form of ``torch.optim.SGD``. Must move 28 bytes a float32 parameter."""
+    decays = [weight_decay] * len(params) if isinstance(weight_decay, int | float) else weight_decay
+    for p, g, m, wd in zip(params, grads, momentum_buffers, decays, strict=True):
+        g = g + wd * p
+        m.copy_(momentum * m + g)
+        p.copy_(p - lr * (g + momentum * m if nesterov else m))
+    if shadow is not None and decay is not None:
+        ema_update(shadow, params, decay)

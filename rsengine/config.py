@@ -1,0 +1,317 @@
+"""A run is one complete, frozen :class:`Recipe`: read from TOML, changed by ``section.key=value``, written back whole.
+
+Every field carries its own check, so that a wrong key or value is refused with its name, what is allowed and the
+nearest match, before anything else happens.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from rsengine.model import DEPTHS, DROP_PATH_RULES
+from rsengine.schedule import SCHEDULES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run. The message is one line: the key, what is allowed, what was given."""
+
+
+# --- one constructor for each kind of field: (default, check) -----------------------------------------------------
+
+
+def _number(default: float, low: float, high: float = float("inf"), *, integer: bool = False, help: str) -> Any:
+    kind = "an integer" if integer else "a number"
+    expected = f"{kind} >= {low:g}" if high == float("inf") else f"{kind} from {low:g} to {high:g}"
+
+    def check(value: Any) -> Any:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int if integer else int | float)
+            or not low <= value <= high
+        ):
+            raise RecipeError(expected)
+        return value if integer else float(value)
+
+    return field(default=default, metadata={"check": check, "help": f"{help} ({expected})"})
+
+
+def _choice(default: str, choices: Iterable[str], *, help: str) -> Any:
+    choices = tuple(choices)
+
+    expected = f"one of {', '.join(choices)}"
+
+    def check(value: Any) -> Any:
+        if value not in choices:
+            raise RecipeError(expected)
+        return value
+
+    return field(default=default, metadata={"check": check, "choices": choices, "help": f"{help} ({expected})"})
+
+
+def _flag(default: bool, *, help: str) -> Any:
+    def check(value: Any) -> Any:
+        if not isinstance(value, bool):
+            raise RecipeError("true or false")
+        return value
+
+    return field(default=default, metadata={"check": check, "help": f"{help} (true or false)"})
+
+
+def _integers(default: tuple[int, ...], low: int, *, help: str) -> Any:
+    expected = f"a list of integers >= {low}"
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, list | tuple) or any(
+            isinstance(v, bool) or not isinstance(v, int) or v < low for v in value
+        ):
+            raise RecipeError(expected)
+        return tuple(value)
+
+    return field(default=default, metadata={"check": check, "help": f"{help} ({expected})"})
+
+
+def _text(default: str, *, help: str) -> Any:
+    def check(value: Any) -> Any:
+        if not isinstance(value, str):
+            raise RecipeError("text")
+        return value
+
+    return field(default=default, metadata={"check": check, "help": help})
+
+
+# --- the sections ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Arguments of :func:`rsengine.model.resnet_rs`, which documents them."""
+
+    depth: int = _number(50, 0, integer=True, help="ResNet-RS depth")
+    blocks: tuple[int, ...] = _integers((), 1, help="blocks a stage; empty: those of `depth`")
+    stem_width: int = _number(32, 1, integer=True, help="channels of the first stem convolutions")
+    stem_stride: int = _number(2, 1, 2, integer=True, help="stride of the first stem convolution")
+    stem_pool_stride: int = _number(2, 1, 2, integer=True, help="stride of the convolution in place of the max-pool")
+    width_multiplier: float = _number(1.0, 0.01, help="scales the widths of the stages")
+    se_ratio: float = _number(0.25, 0.001, 1.0, help="squeeze-and-excite hidden channels over output channels")
+    drop_path: float = _number(0.0, 0.0, 0.99, help="rate of stochastic depth")
+    drop_path_rule: str = _choice("tf", DROP_PATH_RULES, help="how the rate is spread over the blocks")
+    dropout: float = _number(0.25, 0.0, 0.99, help="rate of dropout before the classifier")
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    """SGD. Weight decay is the coupled kind, added to the gradient."""
+
+    momentum: float = _number(0.9, 0.0, 0.9999, help="momentum")
+    nesterov: bool = _flag(True, help="Nesterov momentum")
+    weight_decay: float = _number(4e-5, 0.0, 1.0, help="weight decay")
+    decay_bn_and_bias: bool = _flag(False, help="apply weight decay to batch-norm parameters and biases too")
+
+
+@dataclass(frozen=True)
+class ScheduleSection:
+    """Arguments of :func:`rsengine.schedule.learning_rate_table`, which documents them."""
+
+    name: str = _choice("cosine", SCHEDULES, help="shape of the learning rate")
+    learning_rate: float = _number(0.1, 0.0, 100.0, help="peak learning rate")
+    warmup_epochs: float = _number(0.0, 0.0, help="linear warm-up")
+    final_fraction: float = _number(0.0, 0.0, 1.0, help="cosine, one_cycle: last learning rate over the peak")
+    restart_epochs: float = _number(50.0, 0.001, help="cosine_restarts: epochs in the first cycle (T0)")
+    restart_multiplier: float = _number(1.0, 1.0, help="cosine_restarts: growth of each cycle over the last")
+    milestones: tuple[int, ...] = _integers((40, 80, 120), 1, help="multistep: epochs at which the rate falls")
+    gamma: float = _number(0.2, 0.0, 1.0, help="multistep: factor at each milestone")
+    start_fraction: float = _number(0.04, 0.0, 1.0, help="one_cycle: first learning rate over the peak")
+    peak_fraction: float = _number(0.3, 0.01, 0.99, help="one_cycle: where the peak lies, as a fraction of the run")
+
+
+@dataclass(frozen=True)
+class EmaSection:
+    """Exponential moving average of the weights and batch-norm buffers."""
+
+    enabled: bool = _flag(True, help="keep, evaluate and save an average")
+    decay: float = _number(0.9999, 0.0, 1.0, help="decay a step")
+    warmup: bool = _flag(True, help="use min(decay, (1 + n) / (10 + n)) at step n")
+
+
+@dataclass(frozen=True)
+class AugmentSection:
+    """What happens to training images in the data pipeline, on uint8 pixels, in this order."""
+
+    crop_padding: int = _number(4, 0, integer=True, help="pad by this many black pixels and crop back; 0: no crop")
+    flip: bool = _flag(True, help="mirror left to right with probability one half")
+    cutout_holes: int = _number(0, 0, integer=True, help="squares blanked with the mean colour; 0: no Cutout")
+    cutout_size: int = _number(8, 1, integer=True, help="side of the Cutout squares in pixels")
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """The loop."""
+
+    epochs: int = _number(10, 1, integer=True, help="passes over the training set")
+    batch_size: int = _number(128, 2, integer=True, help="images a step")
+    eval_batch_size: int = _number(500, 1, integer=True, help="images a batch in evaluation")
+    label_smoothing: float = _number(0.1, 0.0, 1.0, help="label smoothing")
+    seed: int = _number(0, 0, 2**31 - 1, integer=True, help="seed of weights, order, augmentation and dropout")
+    precision: str = _choice("auto", PRECISIONS, help="bf16 autocast or fp32; auto: bf16 where it is native")
+    log_interval: int = _number(50, 1, integer=True, help="steps between interval records")
+    checkpoint_minutes: float = _number(10.0, 0.0, help="minutes between checkpoints inside an epoch; 0: epochs only")
+    limit_train_batches: int = _number(0, 0, integer=True, help="use only this many batches an epoch; 0: all")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run, apart from the data and the machine."""
+
+    name: str = _text("custom", help="name of the run")
+    comment: str = _text("", help="where its numbers come from")
+    model: ModelSection = field(default_factory=ModelSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    ema: EmaSection = field(default_factory=EmaSection)
+    augment: AugmentSection = field(default_factory=AugmentSection)
+    train: TrainSection = field(default_factory=TrainSection)
+
+    def __post_init__(self) -> None:
+        for key, spec, value in _leaves(self):
+            _checked(key, spec, value)
+        if not self.model.blocks and self.model.depth not in DEPTHS:
+            raise RecipeError(f"model.depth: expected one of {', '.join(map(str, DEPTHS))}; got {self.model.depth}")
+
+    def to_toml(self) -> str:
+        """The whole recipe, every field written out. :meth:`from_toml` of it gives an equal recipe."""
+        import tomli_w
+
+        return tomli_w.dumps(_lists(asdict(self)))
+
+    @staticmethod
+    def from_toml(text: str, origin: str = "recipe") -> Recipe:
+        """Parse a recipe; fields it leaves out take their defaults. Raises :class:`RecipeError`."""
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"{origin}: not valid TOML: {error}") from error
+        return _build(Recipe, values, "")
+
+    def with_settings(self, settings: Iterable[str]) -> Recipe:
+        """Apply ``section.key=value`` settings, the value in TOML syntax (quotes around text may be left out)."""
+        recipe = self
+        for setting in settings:
+            key, separator, text = setting.partition("=")
+            if not separator:
+                raise RecipeError(f"--set {setting}: expected section.key=value")
+            recipe = recipe._with(key.strip(), text.strip())
+        return recipe
+
+    def _with(self, key: str, text: str) -> Recipe:
+        specs = {path: spec for path, spec, _ in _leaves(self)}
+        if key not in specs:
+            raise RecipeError(_unknown(key, specs))
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text  # bare words are text: schedule.name=cosine
+        value = _checked(key, specs[key], value)
+        section, _, name = key.rpartition(".")
+        if not section:
+            return replace(self, **{name: value})
+        return replace(self, **{section: replace(getattr(self, section), **{name: value})})
+
+    def differences(self, other: Recipe) -> list[str]:
+        """``key: this value, other value`` for every field in which two recipes differ."""
+        theirs = {key: value for key, _, value in _leaves(other)}
+        return [f"{key}: {value!r} against {theirs[key]!r}" for key, _, value in _leaves(self) if value != theirs[key]]
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with rsengine."""
+    folder = resources.files("rsengine") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A shipped recipe by name, or any other by the path of its TOML file. Raises :class:`RecipeError`."""
+    if name_or_path.endswith(".toml"):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise RecipeError(f"--recipe {name_or_path}: no such file")
+        return Recipe.from_toml(path.read_text(encoding="utf-8"), name_or_path)
+    names = recipe_names()
+    if name_or_path not in names:
+        nearest = _nearest(name_or_path, names)
+        raise RecipeError(f"--recipe {name_or_path}: expected one of {', '.join(names)}, or a .toml file{nearest}")
+    return Recipe.from_toml((resources.files("rsengine") / "recipes" / f"{name_or_path}.toml").read_text("utf-8"))
+
+
+def describe() -> str:
+    """Every key with its default and what it takes: the help of ``--set``."""
+    lines = [f"{key} = {_lists(value)!r}: {spec.metadata['help']}" for key, spec, value in _leaves(Recipe())]
+    return "\n".join(lines)
+
+
+# --- helpers --------------------------------------------------------------------------------------------------------
+
+
+def _leaves(section: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, dataclass field, value) of every field below ``section``."""
+    found = []
+    for spec in fields(section):
+        value = getattr(section, spec.name)
+        key = prefix + spec.name
+        found += _leaves(value, key + ".") if is_dataclass(value) else [(key, spec, value)]
+    return found
+
+
+def _build(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    specs = {spec.name: spec for spec in fields(kind)}
+    arguments = {}
+    for name, value in values.items():
+        if name not in specs:
+            raise RecipeError(_unknown(prefix + name, [prefix + known for known in specs]))
+        if "check" in specs[name].metadata:
+            arguments[name] = _checked(prefix + name, specs[name], value)
+        elif isinstance(value, Mapping):
+            arguments[name] = _build(specs[name].default_factory, value, f"{prefix}{name}.")
+        else:
+            raise RecipeError(f"{prefix}{name}: expected a section [{name}]; got {value!r}")
+    return kind(**arguments)
+
+
+def _checked(key: str, spec: Any, value: Any) -> Any:
+    check: Callable[[Any], Any] = spec.metadata["check"]
+    try:
+        return check(value)
+    except RecipeError as error:
+        nearest = _nearest(value, spec.metadata.get("choices", ()))
+        raise RecipeError(f"{key}: expected {error}; got {value!r}{nearest}") from None
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = _nearest(key, known)
+    if not near:  # the right name in the wrong section
+        near = _nearest(key, [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]], cutoff=0.0)
+    return f"{key}: no such key" + (near or f"; expected one of {', '.join(known)}")
+
+
+def _nearest(value: Any, choices: Iterable[str], cutoff: float = 0.6) -> str:
+    matches = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=cutoff)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _lists(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value

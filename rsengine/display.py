@@ -1,0 +1,71 @@
+"""What a person watching a run sees: a progress bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+QUIET_SECONDS = 30.0
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: ``42.3 s``, ``7 min 05 s``, ``3 h 00 min 09 s``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min {rest:02d} s" if hours else f"{minutes} min {rest:02d} s"
+
+
+class Display:
+    """Progress of a run of ``total`` steps of ``batch_size`` images, with the time left.
+
+    Args:
+        done: steps done before this process.
+        say: prints one line.
+    """
+
+    def __init__(self, total: int, done: int, epochs: int, batch_size: int, say: Callable[[str], None]) -> None:
+        self.total, self.epochs, self.batch_size, self.say = total, epochs, batch_size, say
+        self.bar = tqdm(total=total, initial=done, unit="step", disable=None, dynamic_ncols=True)
+        self.spoken = time.perf_counter()
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def advance(self) -> None:
+        """One step is done."""
+        self.bar.update()
+
+    def interval(self, epoch: int, record: dict[str, Any]) -> None:
+        """``record``: of kind ``interval``, see :mod:`rsengine.runlog`. ``epoch``: the one under way, from 1."""
+        title = f"epoch {epoch}/{self.epochs}"
+        numbers = (
+            f"loss {record['train_loss']:.3f}, accuracy {record['train_accuracy']:.1%}, "
+            f"{record['images_per_second']:.0f} images/s"
+        )
+        if not self.bar.disable:
+            self.bar.set_description(title, refresh=False)
+            self.bar.set_postfix_str(numbers, refresh=False)
+        elif time.perf_counter() - self.spoken >= QUIET_SECONDS:
+            self.spoken = time.perf_counter()
+            left = (self.total - record["step"]) * self.batch_size / record["images_per_second"]
+            self.say(f"{title}, step {record['step']}/{self.total}: {numbers}, about {duration(left)} of training left")
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """``record``: of kind ``epoch``."""
+        ema = record["test_accuracy_ema"]
+        line = (
+            f"epoch {record['epoch']:>{len(str(self.epochs))}}/{self.epochs}: train loss {record['train_loss']:.4f}, "
+            f"accuracy {record['train_accuracy']:.2%}; test accuracy {record['test_accuracy']:.2%}"
+            + (f", EMA {ema:.2%}" if ema is not None else "")
+            + f"; {record['images_per_second']:.0f} images/s, {duration(record['seconds'])} so far"
+        )
+        self.spoken = time.perf_counter()
+        if self.bar.disable:
+            self.say(line)
+        else:
+            self.bar.write(line)

@@ -1,0 +1,32 @@
+"""Turning Ctrl-C and SIGTERM into a request that a loop reads between steps."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+
+class StopRequest:
+    """``signal``: the number of the signal that asked for a stop, or 0."""
+
+    signal: int = 0
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """While inside, the first Ctrl-C or SIGTERM only makes a note; a second Ctrl-C interrupts at once."""
+    request = StopRequest()
+
+    def handler(number: int, _frame: FrameType | None) -> None:
+        if request.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.signal = number
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

@@ -1,0 +1,166 @@
+"""``python -m rsengine.train``: train a ResNet-RS by a recipe, and leave a run folder with all there is to know."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shlex
+import sys
+from pathlib import Path
+
+from rsengine.checkpoint import FILE, CheckpointError, load_checkpoint
+from rsengine.config import Recipe, RecipeError, describe, load_recipe, recipe_names
+from rsengine.data import DataError, Dataset, find_dataset
+from rsengine.device import choose_execution
+from rsengine.display import duration
+from rsengine.files import write_atomically
+from rsengine.loader import LoaderError
+from rsengine.records import write_records
+from rsengine.trainer import DivergedError, Trainer
+
+RECIPE_FILE = "recipe.toml"
+
+
+class UsageError(ValueError):
+    """A command line that cannot be followed. The message is one line with the remedy."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit status: 0, 1 diverged, 2 bad input, 130 or 143 stopped by a signal."""
+    arguments = _parser().parse_args(argv)
+    if arguments.list_settings:
+        print(describe())
+        return 0
+    try:
+        return _train(arguments)
+    except (RecipeError, DataError, LoaderError, CheckpointError, UsageError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except DivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    recipe = _recipe(arguments, "quickstart")
+    out = Path(arguments.out) if arguments.out else None
+    state = None
+    if arguments.resume:
+        out = out or _latest_run(recipe.name)
+        state = load_checkpoint(out / FILE)
+        recipe = _resumed_recipe(arguments, Recipe.from_toml(state["recipe"], str(out / FILE)))
+    elif out is not None and (out / FILE).exists():
+        raise UsageError(f"--out {out}: holds a run already; add --resume to go on with it, or name another folder")
+
+    dataset = find_dataset(arguments.data, fallback_digits=arguments.or_digits, log=print)
+    if dataset.image_size is None:
+        raise UsageError(
+            f"{dataset.folder}: its images differ in size; convert them again with --size N, for example "
+            f"`python data/convert.py SOURCE --out DIR --size 32`"
+        )
+    if state is None and dataset.name == "digits" and arguments.recipe is None:
+        recipe = _recipe(arguments, "digits")
+        print("recipe digits, because the data are the digits and no --recipe was given")
+
+    execution = choose_execution(arguments.device, recipe.train.precision)
+    out = out or Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(recipe, dataset, execution, out)
+    if state is not None:
+        trainer.restore(state)
+    else:
+        write_atomically(out / RECIPE_FILE, recipe.to_toml().encode())
+
+    command = f"python -m rsengine.train --recipe {out / RECIPE_FILE} --data {arguments.data or dataset.folder}"
+    resume = shlex.join(["python", "-m", "rsengine.train", "--resume", "--out", str(out)])
+    if arguments.data:
+        resume += f" --data {shlex.quote(arguments.data)}"
+    _announce(trainer, dataset)
+    stopped = trainer.run()
+    write_records(trainer, command)
+    if stopped:
+        where = f"step {trainer.steps_done} of {trainer.total_steps}"
+        print(f"stopped after {where}; everything is saved. Go on with: {resume}")
+        return 128 + stopped
+    final = trainer.result.get("ema") or trainer.result["raw"]
+    print(
+        f"test accuracy {final.accuracy:.2%}{' (EMA)' if 'ema' in trainer.result else ''} on {dataset.name} after "
+        f"{trainer.progress.epoch} epochs, {duration(trainer.progress.seconds)}. Report: {out / 'report.md'}"
+    )
+    return 0
+
+
+def _announce(trainer: Trainer, dataset: Dataset) -> None:
+    recipe, execution = trainer.recipe, trainer.execution
+    height, width = dataset.image_size
+    print(
+        f"data: {dataset.name}, {dataset.train_count:,} train and {dataset.test_count:,} test images, {height}x{width}"
+    )
+    print(f"model: {trainer.step.model.summary(dataset.image_size)}")
+    print(f"compute: {execution.reason}; channels_last; {execution.threads} threads")
+    print(f"run: {recipe.name}, {recipe.train.epochs} epochs of {trainer.steps_per_epoch} steps, into {trainer.out}")
+    if trainer.resumed:
+        print(f"resumed at step {trainer.steps_done} of {trainer.total_steps}")
+
+
+def _recipe(arguments: argparse.Namespace, default: str) -> Recipe:
+    return load_recipe(arguments.recipe or default).with_settings(_settings(arguments))
+
+
+def _settings(arguments: argparse.Namespace) -> list[str]:
+    """``--set``, and the options that are short for one."""
+    short = {"train.seed": arguments.seed, "train.epochs": arguments.epochs}
+    short["train.limit_train_batches"] = arguments.limit_train_batches
+    return [*arguments.set, *(f"{key}={value}" for key, value in short.items() if value is not None)]
+
+
+def _resumed_recipe(arguments: argparse.Namespace, saved: Recipe) -> Recipe:
+    """The checkpoint's recipe; what the command line asks for besides must agree with it."""
+    asked = load_recipe(arguments.recipe) if arguments.recipe else saved
+    differences = asked.with_settings(_settings(arguments)).differences(saved)
+    if differences:
+        raise UsageError(
+            f"--resume: the run's recipe cannot change ({'; '.join(differences)}); leave these out or start anew"
+        )
+    return saved
+
+
+def _latest_run(name: str) -> Path:
+    runs = sorted(path.parent for path in Path("runs").glob(f"{name}-*/{FILE}"))
+    if not runs:
+        raise UsageError(f"--resume: no run of recipe {name} with a checkpoint under runs/; name its folder with --out")
+    return runs[-1]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m rsengine.train", description=__doc__)
+    parser.add_argument("--recipe", help=f"one of {', '.join(recipe_names())}, or a TOML file (default: quickstart)")
+    parser.add_argument(
+        "--data",
+        help="a converted folder, any source for data/convert.py, or digits (default: $RSENGINE_DATA, data/, download)",
+    )
+    parser.add_argument(
+        "--or-digits", action="store_true", help="where no data are found, train on scikit-learn's digits"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one recipe setting"
+    )
+    parser.add_argument("--list-settings", action="store_true", help="print every setting with its default, and exit")
+    parser.add_argument("--out", help="run folder (default: runs/RECIPE-TIME)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out, or with the recipe's latest"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--seed", type=int, help="short for --set train.seed=N")
+    parser.add_argument("--epochs", type=int, help="short for --set train.epochs=N")
+    parser.add_argument(
+        "--limit-train-batches", type=int, metavar="N", help="short for --set train.limit_train_batches=N"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+"""The training loop: epochs of steps, evaluation, records, checkpoints, and stopping cleanly at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from rsengine import runlog
+from rsengine.checkpoint import BEST_FILE, FILE, CheckpointError, save_checkpoint
+from rsengine.config import Recipe
+from rsengine.data import Dataset
+from rsengine.device import Execution
+from rsengine.display import Display
+from rsengine.evaluate import Evaluation, evaluate
+from rsengine.files import atomic_path
+from rsengine.loader import BetonLoader, training_augmentations
+from rsengine.preprocess import Preprocess
+from rsengine.signals import StopRequest, stop_requests
+from rsengine.step import TrainStep
+from rsengine.weights import build_model, save_weights
+
+
+class DivergedError(RuntimeError):
+    """The loss or a weight is no longer a finite number. The message is one line."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: with the recipe, all that decides which batch comes next, and the epoch's sums so far."""
+
+    epoch: int = 0  # epochs completed
+    batch: int = 0  # batches done in the epoch under way
+    seconds: float = 0.0  # of training and evaluation, over all processes that worked on the run
+    epoch_seconds: float = 0.0
+    loss: float = 0.0  # sum over the images of the epoch under way
+    correct: int = 0
+    images: int = 0
+
+
+class Trainer:
+    """One run of a recipe on a data set, writing into a run folder.
+
+    Args:
+        out: the run folder; it must exist.
+        say: prints one line for the user.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        execution: Execution,
+        out: Path,
+        *,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.recipe, self.dataset, self.execution, self.out, self.say = recipe, dataset, execution, out, say
+        train = recipe.train
+        torch.manual_seed(train.seed)
+        self.train_loader = BetonLoader(
+            dataset.train_beton,
+            train.batch_size,
+            augmentations=training_augmentations(recipe.augment, dataset.mean, train.seed),
+            shuffle=True,
+            drop_last=True,
+            seed=train.seed,
+        )
+        self.test_loader = BetonLoader(dataset.test_beton, train.eval_batch_size)
+        self.steps_per_epoch = len(self.train_loader)
+        if train.limit_train_batches:
+            self.steps_per_epoch = min(self.steps_per_epoch, train.limit_train_batches)
+        self.preprocess = Preprocess(dataset.mean, dataset.std, execution.device)
+        model = build_model(recipe, len(dataset.classes))
+        self.step = TrainStep(model, recipe, self.preprocess, execution, self.steps_per_epoch)
+        self.log = runlog.RunLog(out)
+        self.progress = Progress()
+        self.best: dict[str, float | int] = {"accuracy": -1.0, "epoch": 0}
+        self.result: dict[str, Evaluation] = {}  # of the last evaluation in this process
+        self.resumed = False
+        self._first_step_pending = True
+
+    @property
+    def steps_done(self) -> int:
+        return self.progress.epoch * self.steps_per_epoch + self.progress.batch
+
+    @property
+    def total_steps(self) -> int:
+        return self.recipe.train.epochs * self.steps_per_epoch
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Train to the end of the recipe. Returns 0, or the number of the signal that stopped the run early.
+
+        Raises:
+            DivergedError: the loss or a weight stopped being finite.
+        """
+        train = self.recipe.train
+        display = Display(self.total_steps, self.steps_done, train.epochs, train.batch_size, self.say)
+        with contextlib.closing(display), stop_requests() as stop:
+            while self.progress.epoch < train.epochs:
+                if not self._train_epoch(display, stop):
+                    self.save()
+                    return stop.signal
+                self._finish_epoch(display)
+                if stop.signal and self.progress.epoch < train.epochs:
+                    return stop.signal
+        return 0
+
+    def _train_epoch(self, display: Display, stop: StopRequest) -> bool:
+        """The rest of the epoch under way. False: stopped before its end."""
+        progress, interval = self.progress, self.recipe.train.log_interval
+        started = saved = time.perf_counter()
+        interval_steps = 0
+        with contextlib.closing(self.train_loader.epoch(progress.epoch, start=progress.batch)) as batches:
+            while progress.batch < self.steps_per_epoch:
+                images, labels = next(batches)
+                device = self.execution.device
+                self.step(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+                progress.batch += 1
+                interval_steps += 1
+                display.advance()
+                if self._first_step_pending:
+                    self._record_start()
+                minutes = self.recipe.train.checkpoint_minutes
+                checkpoint_due = minutes > 0 and time.perf_counter() - saved > 60 * minutes
+                stopping = stop.signal != 0  # read once: a signal may come between any two lines
+                last = progress.batch == self.steps_per_epoch
+                if interval_steps == interval or last or stopping or checkpoint_due:
+                    started = self._record_interval(display, started)
+                    interval_steps = 0
+                if stopping and not last:
+                    return False
+                if checkpoint_due and not last:
+                    self.save()
+                    saved = started = time.perf_counter()
+        return True
+
+    def _finish_epoch(self, display: Display) -> None:
+        """Evaluate, record, and keep the best."""
+        progress = self.progress
+        started = time.perf_counter()
+        self.evaluate()
+        eval_seconds = time.perf_counter() - started
+        train_seconds = progress.epoch_seconds
+        raw, ema = self.result["raw"], self.result.get("ema")
+        record = {
+            "kind": runlog.EPOCH,
+            "epoch": progress.epoch + 1,
+            "step": self.steps_done,
+            "train_loss": progress.loss / progress.images,
+            "train_accuracy": progress.correct / progress.images,
+            "test_loss": raw.loss,
+            "test_accuracy": raw.accuracy,
+            "test_loss_ema": ema.loss if ema else None,
+            "test_accuracy_ema": ema.accuracy if ema else None,
+            "learning_rate": float(self.step.learning_rates[self.steps_done - 1]),
+            "images_per_second": progress.images / train_seconds,
+            "seconds": progress.seconds + eval_seconds,
+            "epoch_seconds": train_seconds,
+            "eval_seconds": eval_seconds,
+        }
+        self._check_weights()
+        self.log.append(record)
+        self.progress = Progress(epoch=progress.epoch + 1, seconds=progress.seconds + eval_seconds)
+        display.epoch(record)
+        accuracy = (ema or raw).accuracy
+        improved = accuracy > self.best["accuracy"]
+        if improved:
+            self.best = {"accuracy": accuracy, "epoch": self.progress.epoch}
+        self.save()
+        if improved:
+            with atomic_path(self.out / BEST_FILE) as temporary:
+                shutil.copyfile(self.out / FILE, temporary)
+
+    def evaluate(self) -> dict[str, Evaluation]:
+        """Measure the raw and, where there is one, the averaged network on the test set; kept in :attr:`result`."""
+        models = {"raw": self.step.model}
+        if self.step.ema_model is not None:
+            models["ema"] = self.step.ema_model
+        self.result = evaluate(
+            models,
+            self.test_loader.epoch(),
+            self.preprocess,
+            self.execution,
+            len(self.dataset.classes),
+            self.recipe.train.label_smoothing,
+        )
+        return self.result
+
+    # --- records ------------------------------------------------------------------------------------------------------
+
+    def _record_start(self) -> None:
+        if self.execution.device.type == "cuda":
+            torch.cuda.synchronize()  # once a process: the first step has to be over to be timed
+        self._first_step_pending = False
+        seconds = time.time() - psutil.Process().create_time()
+        self.log.append(
+            {
+                "kind": runlog.START,
+                "step": self.steps_done - 1,
+                "time_to_first_step": seconds,
+                "device": self.execution.device.type,
+                "precision": self.execution.precision,
+                "threads": self.execution.threads,
+                "resumed": self.resumed,
+                "machine": runlog.machine(),
+                "versions": runlog.versions(),
+            }
+        )
+
+    def _record_interval(self, display: Display, started: float) -> float:
+        """Read the step's sums, add them to the epoch's, log them; refuse a bad loss. Returns the time."""
+        totals = self.step.read_totals()
+        now = time.perf_counter()
+        seconds, progress = now - started, self.progress
+        progress.seconds += seconds
+        progress.epoch_seconds += seconds
+        if totals.first_bad_step >= 0:
+            raise self._diverged(totals.first_bad_step, "the loss")
+        progress.loss += totals.loss
+        progress.correct += totals.correct
+        progress.images += totals.images
+        record = {
+            "kind": runlog.INTERVAL,
+            "step": self.steps_done,
+            "epoch": self.steps_done / self.steps_per_epoch,
+            "train_loss": totals.loss / totals.images,
+            "train_accuracy": totals.correct / totals.images,
+            "learning_rate": float(self.step.learning_rates[self.steps_done - 1]),
+            "images_per_second": totals.images / seconds,
+            "seconds": progress.seconds,
+        }
+        self.log.append(record)
+        display.interval(progress.epoch + 1, record)
+        return now
+
+    def _check_weights(self) -> None:
+        if not self.step.weights_finite():
+            raise self._diverged(self.steps_done - 1, "a weight")
+
+    def _diverged(self, step: int, what: str) -> DivergedError:
+        last = self.out / FILE
+        good = f"the last good checkpoint is {last}" if last.exists() else "there is no good checkpoint yet"
+        rate = self.step.learning_rates[step]
+        return DivergedError(
+            f"{what} is no longer a finite number at step {step} (learning rate {rate:.4g}); {good}. "
+            "Try a lower schedule.learning_rate or a longer schedule.warmup_epochs"
+        )
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        progress = asdict(self.progress)
+        return {
+            "recipe": self.recipe.to_toml(),
+            "versions": runlog.versions(),
+            "dataset": self._dataset_identity(),
+            "epoch": progress.pop("epoch"),
+            "batch": progress.pop("batch"),
+            "seconds": progress.pop("seconds"),
+            "totals": progress,
+            "best": self.best,
+            "step": self.step.state_dict(),
+            "rng": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state() if self.execution.device.type == "cuda" else None,
+            },
+        }
+
+    def _dataset_identity(self) -> dict[str, Any]:
+        data = self.dataset
+        return {"name": data.name, "checksum": data.checksum, "image_size": list(data.image_size)}
+
+    def save(self) -> None:
+        """Write the checkpoint and, once an epoch is done, the weights to use. Refuses weights that are not finite."""
+        self._check_weights()
+        save_checkpoint(self.out / FILE, self._state())
+        if self.progress.batch == 0:
+            save_weights(self.out, self.step.ema_model or self.step.model, self.recipe, self.dataset)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint. Raises :class:`CheckpointError` where it is of another data set or network."""
+        if state["dataset"] != self._dataset_identity():
+            raise CheckpointError(
+                f"{self.out / FILE}: the run was on other data ({state['dataset']}) than these "
+                f"({self._dataset_identity()}); name its data with --data"
+            )
+        try:
+            self.step.load_state_dict(state["step"])
+        except ValueError as error:
+            raise CheckpointError(f"{self.out / FILE}: does not fit the recipe ({error})") from error
+        self.progress = Progress(state["epoch"], state["batch"], state["seconds"], **state["totals"])
+        self.best = state["best"]
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.execution.device.type == "cuda" and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"])
+        self.log.truncate_after(self.steps_done)
+        self.resumed = True
