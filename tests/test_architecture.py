@@ -1,0 +1,102 @@
+"""The rooms and the one direction of imports, read from the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENTRY_POINTS = {"train", "predict", "evaluate", "study"}
+# A module may import from lower layers, and from its own.
+LAYERS = [
+    {"kernels", "data", "files", "device", "signals", "display", "schedule", "preprocess"},
+    {"model", "augment"},
+    {"config"},
+    {"loader", "step", "graph", "capture_check", "checkpoint", "runlog", "plots", "weights", "evaluate"},
+    {"report", "trainer"},
+    {"records"},
+    {"train", "predict", "study"},
+]
+
+
+def layer_of(module):
+    return next(i for i, names in enumerate(LAYERS) if module in names)
+
+
+def top_level_imports(path):
+    """Modules imported when the file is: not inside functions, not for type checkers alone."""
+    found = set()
+
+    def visit(body):
+        for node in body:
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                base = ("." * node.level) + (node.module or "")
+                found.update([base] if base != "rsengine" else [f"rsengine.{alias.name}" for alias in node.names])
+            elif isinstance(node, ast.With | ast.Try | ast.If) and "TYPE_CHECKING" not in ast.dump(node)[:80]:
+                visit(node.body)
+
+    visit(ast.parse(path.read_text()).body)
+    return found
+
+
+def modules():
+    for path in sorted((ROOT / "rsengine").glob("*.py")):
+        if path.stem != "__init__":
+            yield path.stem, path
+    for path in sorted((ROOT / "rsengine" / "augment").glob("*.py")):
+        yield "augment", path
+
+
+@pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda value: getattr(value, "name", value))
+def test_imports_go_down_only(module, path):
+    for name in top_level_imports(path):
+        if name.startswith("rsengine."):
+            other = name.split(".")[1]
+            assert layer_of(other) <= layer_of(module), f"{path.name} imports {name}"
+            assert other not in ENTRY_POINTS - {"evaluate"} or other == module, f"{path.name} imports an entry point"
+
+
+@pytest.mark.parametrize("room", ["kernels", "data"])
+def test_the_lower_rooms_know_nothing_of_rsengine(room):
+    for path in (ROOT / room).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rsengine"):
+                assert room == "data" and node.module.startswith("rsengine.data"), f"{path}: {node.module}"
+
+
+def test_kernels_import_torch_alone():
+    for path in (ROOT / "kernels").glob("*.py"):
+        outside = {name.split(".")[0] for name in top_level_imports(path) if not name.startswith(".")}
+        assert outside <= {"torch", "collections", "__future__"}, f"{path.name}: {outside}"
+
+
+def test_importing_the_package_is_light():
+    code = (
+        "import sys, rsengine, rsengine.data; "
+        "heavy = {'triton', 'ffcv', 'matplotlib', 'torch', 'sklearn'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import sys, rsengine.kernels; assert not {'triton', 'ffcv'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_bare_or_silent_except():
+    for path in [*ROOT.glob("rsengine/**/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("data/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ExceptHandler):
+                assert node.type is not None, f"{path}:{node.lineno} bare except"
+                silent = len(node.body) == 1 and isinstance(node.body[0], ast.Pass)
+                assert not silent, f"{path}:{node.lineno} swallows an error"
+
+
+def test_nothing_names_the_shared_folder_except_ci():
+    for path in ROOT.glob("**/*"):
+        ours = path.suffix in (".py", ".toml", ".md", ".sh") and not {".venv", "runs"} & set(
+            path.relative_to(ROOT).parts
+        )
+        if ours and path.name != Path(__file__).name:
+            assert "../shared" not in path.read_text(), path

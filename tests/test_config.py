@@ -1,0 +1,102 @@
+"""Recipes: complete, validated, and written back as they were read."""
+
+import re
+
+import pytest
+
+from rsengine.config import Recipe, RecipeError, describe, load_recipe, recipe_names
+from rsengine.model import resnet_rs
+from rsengine.step import _schedule
+from rsengine.weights import build_model
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_is_whole_and_says_where_it_comes_from(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name and len(recipe.comment) > 40
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+    assert len(_schedule(recipe, 390)) == 390 * recipe.train.epochs
+
+
+def test_the_reports_four_rows():
+    rows = [load_recipe(f"report-{n}") for n in (1, 2, 3, 4)]
+    assert [r.train.epochs for r in rows] == [100, 100, 150, 200]
+    assert [r.model.stem_width for r in rows] == [32, 128, 128, 128]
+    assert [r.schedule.name for r in rows] == ["multistep"] * 2 + ["cosine_restarts"] * 2
+    for r in rows:
+        assert r.schedule.learning_rate == 0.1 and r.train.batch_size == 128 and r.train.label_smoothing == 0.1
+        assert r.optimizer.nesterov and r.optimizer.weight_decay == 4e-5 and r.model.dropout == 0.25
+        assert r.model.se_ratio == 1 / 16 and r.model.depth == 50
+        assert (r.augment.cutout_holes, r.augment.cutout_size, r.augment.crop_padding, r.augment.flip) == (
+            4,
+            4,
+            4,
+            True,
+        )
+
+
+def test_paper_recipe_builds_the_papers_network():
+    ours = build_model(load_recipe("paper"), 10)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in resnet_rs(50).parameters())
+
+
+def test_settings_change_one_field_each():
+    recipe = Recipe().with_settings(
+        ["schedule.name=cosine_restarts", "model.blocks=[1, 2]", "train.epochs=3", 'name="mine"', "ema.enabled=false"]
+    )
+    assert recipe.schedule.name == "cosine_restarts" and recipe.model.blocks == (1, 2)
+    assert recipe.name == "mine" and not recipe.ema.enabled
+    assert len(recipe.differences(Recipe())) == 5
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("train.epoch=3", "train.epoch: no such key; did you mean train.epochs?"),
+        ("epochs=3", "did you mean train.epochs?"),
+        ("rubbish=3", "rubbish: no such key; expected one of name, comment, model.depth"),
+        ("train.epochs=0", "train.epochs: expected an integer >= 1; got 0"),
+        ("train.epochs=2.5", "expected an integer"),
+        ("train.epochs=true", "expected an integer"),
+        ("model.depth=51", "model.depth: expected one of 26, 50, 101"),
+        ("model.stem_stride=3", "model.stem_stride: expected an integer from 1 to 2; got 3"),
+        ("schedule.name=cosin", "expected one of cosine, .*; got 'cosin'; did you mean cosine?"),
+        ("train.precision=fp16", "train.precision: expected one of auto, bf16, fp32"),
+        ("model.blocks=3", "model.blocks: expected a list of integers >= 1"),
+        ("ema.decay=1.5", "ema.decay: expected a number from 0 to 1"),
+        ("train.epochs", "expected section.key=value"),
+        ("augment.flip=maybe", "augment.flip: expected true or false"),
+    ],
+)
+def test_wrong_settings_are_named_with_what_is_allowed(setting, words):
+    with pytest.raises(RecipeError) as caught:
+        Recipe().with_settings([setting])
+    assert re.search(words.replace("?", r"\?"), str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[train]\nepoch = 3", "train.epoch: no such key; did you mean train.epochs?"),
+        ("[trian]\nepochs = 3", "trian: no such key; did you mean train?"),
+        ("train = 3", r"train: expected a section \[train\]"),
+        ("[train\n", "not valid TOML"),
+    ],
+)
+def test_wrong_files_are_named(text, words):
+    with pytest.raises(RecipeError, match=words.replace("?", r"\?")):
+        Recipe.from_toml(text)
+
+
+def test_unknown_recipes_are_named(tmp_path):
+    with pytest.raises(RecipeError, match="did you mean quickstart"):
+        load_recipe("quikstart")
+    with pytest.raises(RecipeError, match="no such file"):
+        load_recipe(str(tmp_path / "none.toml"))
+
+
+def test_describe_names_every_key():
+    lines = describe().splitlines()
+    assert "schedule.name = 'cosine': shape of the learning rate (one of cosine," in "\n".join(lines)
+    assert len(lines) > 35 and len({line.split(" = ")[0] for line in lines}) == len(lines)

@@ -1,0 +1,294 @@
+"""Whole runs on a toy data set: records, stopping, resuming bit for bit, and every refusal."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rsengine import evaluate as evaluate_module
+from rsengine import predict as predict_module
+from rsengine import train as train_module
+from rsengine.checkpoint import load_checkpoint
+from rsengine.config import Recipe
+from rsengine.data.reader import BetonReader
+from rsengine.predict import predict
+from rsengine.preprocess import Preprocess
+from rsengine.runlog import RunLog
+from rsengine.step import TrainStep
+from rsengine.trainer import Trainer
+from rsengine.weights import load_weights
+
+RECIPE = """
+name = "toy"
+[model]
+blocks = [1, 1]
+width_multiplier = 0.25
+stem_width = 8
+drop_path = 0.1
+[schedule]
+name = "one_cycle"
+learning_rate = 0.2
+[ema]
+decay = 0.9
+[augment]
+cutout_holes = 1
+[train]
+epochs = 3
+batch_size = 16
+eval_batch_size = 10
+log_interval = 4
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, toy_dataset, monkeypatch):
+    """Runs the command on the toy data in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    Path("toy.toml").write_text(RECIPE)
+
+    def run(*arguments, out="run", data=True):
+        options = ["--recipe", "toy.toml", "--device", "cpu", "--out", out]
+        return train_module.main([*options, *(["--data", str(toy_dataset.folder)] if data else []), *arguments])
+
+    return run
+
+
+def state_of(folder):
+    return load_checkpoint(Path(folder) / "checkpoint.pt")
+
+
+def assert_same_tensors(a, b, path=""):
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_tensors(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_tensors(x, y, f"{path}[{i}]")
+
+
+def test_a_run_learns_and_leaves_every_record(toy, capsys, toy_dataset):
+    assert toy() == 0
+    output = capsys.readouterr().out
+    assert "test accuracy" in output and "Report: run/report.md" in output and "threads" in output
+    names = {path.name for path in Path("run").iterdir()}
+    assert names == {
+        "recipe.toml", "metrics.jsonl", "checkpoint.pt", "best.pt", "weights.safetensors",
+        "curves.png", "augmented.png", "confusion.png", "report.md",
+    }  # fmt: skip
+    assert Recipe.from_toml(Path("run/recipe.toml").read_text()) == Recipe.from_toml(RECIPE)
+    log = RunLog(Path("run"))
+    epochs, (start,) = log.records("epoch"), log.records("start")
+    assert [e["epoch"] for e in epochs] == [1, 2, 3] and [e["step"] for e in epochs] == [9, 18, 27]
+    assert epochs[-1]["test_accuracy_ema"] > 0.8  # three colours, chance is 0.33
+    assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
+    assert all(e["images_per_second"] > 0 and e["seconds"] > 0 for e in epochs)
+    assert [r["step"] for r in log.records("interval")] == [4, 8, 9, 13, 17, 18, 22, 26, 27]
+    assert start["time_to_first_step"] > 0 and start["precision"] in ("bf16", "fp32") and not start["resumed"]
+    report = Path("run/report.md").read_text()
+    assert f"{epochs[-1]['test_accuracy_ema']:.2%}".rstrip("%") in report and "curves.png" in report
+    best = max(epochs, key=lambda e: e["test_accuracy_ema"])
+    assert load_checkpoint(Path("run/best.pt"))["epoch"] == best["epoch"]
+    # The saved weights are the averaged ones, and the evaluate command gets the same accuracy from them.
+    weights, state = load_weights("run"), state_of("run")
+    assert torch.equal(weights.model.fc.weight, state["step"]["ema"]["fc.weight"])
+    assert not torch.equal(weights.model.fc.weight, state["step"]["model"]["fc.weight"])
+    assert evaluate_module.main(["run", "--data", str(toy_dataset.folder), "--device", "cpu"]) == 0
+    assert f"accuracy {epochs[-1]['test_accuracy_ema']:.2%}" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(toy):
+    assert toy("--epochs", "1", out="a") == toy("--epochs", "1", out="b") == 0
+    assert toy("--epochs", "1", "--seed", "1", out="c") == 0
+    assert_same_tensors(state_of("a")["step"], state_of("b")["step"])
+    assert not torch.equal(state_of("a")["step"]["ema"]["fc.weight"], state_of("c")["step"]["ema"]["fc.weight"])
+
+
+@pytest.mark.parametrize("stop_at", [5, 9, 13], ids=["in the first epoch", "at its end", "in the second epoch"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(toy, monkeypatch, capsys, stop_at):
+    assert toy(out="whole") == 0
+    plain = Trainer.__init__
+
+    def stopping(self, *arguments, **options):
+        plain(self, *arguments, **options)
+        step = self.step.__call__
+
+        def counted(images, labels):
+            step(images, labels)
+            if int(self.step.counter) == stop_at:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        class Counted(type(self.step)):
+            __call__ = staticmethod(counted)
+
+        self.step.__class__ = Counted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "__init__", stopping)
+        assert toy(out="parts") == 130
+    output = capsys.readouterr().out
+    assert f"stopped after step {stop_at} of 27" in output
+    assert re.search(r"Go on with: python -m rsengine.train --resume --out parts --data \S+", output)
+    assert "Unfinished run" in Path("parts/report.md").read_text()
+    assert toy("--resume", out="parts") == 0
+    whole, parts = state_of("whole"), state_of("parts")
+    assert_same_tensors(whole["step"], parts["step"])
+    assert torch.equal(whole["rng"]["cpu"], parts["rng"]["cpu"])
+    logs = [RunLog(Path(folder)).records("epoch") for folder in ("whole", "parts")]
+    for a, b in zip(*logs, strict=True):
+        for key in ("epoch", "step", "train_accuracy", "test_loss_ema", "test_accuracy", "learning_rate"):
+            assert a[key] == b[key], key
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-12)
+    assert [s["resumed"] for s in RunLog(Path("parts")).records("start")] == [False, True]
+
+
+def command(folder, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "rsengine.train", "--device", "cpu", *map(str, arguments)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(path, words, process):
+    deadline = time.monotonic() + 120
+    while not (path.exists() and words in path.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+
+
+def test_sigterm_saves_and_exits_143_and_kill_9_loses_only_the_epoch_under_way(toy, tmp_path, toy_dataset):
+    long = ["--recipe", "toy.toml", "--data", toy_dataset.folder, "--epochs", 400, "--out", "long"]
+    process = command(tmp_path, *long)
+    metrics = tmp_path / "long" / "metrics.jsonl"
+    wait_for(metrics, '"kind": "epoch"', process)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    assert "Go on with: python -m rsengine.train --resume --out long" in output
+    stopped = state_of(tmp_path / "long")
+    done = 9 * stopped["epoch"] + stopped["batch"]
+    assert int(stopped["step"]["counter"]) == done == RunLog(tmp_path / "long").records()[-1]["step"]
+
+    process = command(tmp_path, "--resume", *long[2:4], "--out", "long")
+    wait_for(metrics, f'"epoch": {stopped["epoch"] + 2}, "step"', process)
+    process.kill()
+    process.communicate(timeout=120)
+    after = state_of(tmp_path / "long")
+    assert after["epoch"] >= stopped["epoch"] + 1  # the epoch before the kill at least
+
+
+@pytest.mark.parametrize(("what", "after"), [("the loss", 12), ("a weight", 18)], ids=["loss", "weight"])
+def test_a_diverging_run_stops_with_the_step_the_rate_and_the_last_good_checkpoint(
+    toy, capsys, monkeypatch, what, after
+):
+    plain = TrainStep.__call__
+
+    def poisoned(self, images, labels):
+        plain(self, images, labels)
+        if int(self.counter) == after:  # 18: the last of the second epoch, so that no loss shows it
+            with torch.no_grad():
+                self.model.fc.weight.fill_(float("nan"))
+
+    monkeypatch.setattr(TrainStep, "__call__", poisoned)
+    assert toy() == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    bad = {12: 12, 18: 17}[after]
+    assert re.search(rf"error: {what} is no longer a finite number at step {bad} \(learning rate 0\.[\d]+\)", error)
+    assert "the last good checkpoint is run/checkpoint.pt" in error
+    state = state_of("run")
+    assert state["epoch"] == 1 and all(t.isfinite().all() for t in state["step"]["model"].values())
+
+
+def test_prediction_preprocesses_as_training_does(toy, toy_dataset, capsys):
+    """The report predicted from pixels that were never normalised."""
+    assert toy() == 0
+    reader = BetonReader(toy_dataset.test_beton)
+    images = np.stack([reader.image(i) for i in range(len(reader))])
+    weights = load_weights("run")
+    probabilities = predict(weights, images)
+    assert torch.allclose(probabilities.sum(1), torch.ones(21))
+    x = Preprocess(toy_dataset.mean, toy_dataset.std)(torch.from_numpy(images))
+    torch.testing.assert_close(probabilities, weights.model(x).softmax(1).detach(), rtol=1e-5, atol=1e-6)
+    assert (probabilities.argmax(1).numpy() == reader.labels).mean() > 0.8
+    Image.fromarray(images[20].repeat(3, 0).repeat(3, 1)).save("big.png")
+    capsys.readouterr()
+    assert predict_module.main(["run", "big.png", "--device", "cpu"]) == 0
+    assert re.match(r"big.png: stripes \d", capsys.readouterr().out)
+    assert predict_module.main(["run", "none.png"]) == 2
+    assert "none.png" in capsys.readouterr().err
+
+
+REFUSALS = [
+    (["--recipe", "quikstart"], "did you mean quickstart?"),
+    (["--set", "train.epochz=3"], "did you mean train.epochs?"),
+    (["--set", "schedule.warmup_epochs=3"], "warmup_epochs: expected fewer than the run's 3 epochs"),
+    (["--set", "train.batch_size=200"], "150 images do not fill one batch of 200"),
+    (["--resume", "--out", "nowhere"], "no checkpoint there; start the run without --resume"),
+    (["--data", "nowhere"], "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSALS, ids=[words for _, words in REFUSALS])
+def test_bad_input_is_one_line_and_exit_2(toy, capsys, arguments, words):
+    assert toy(*arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and words in error and "\n" not in error
+
+
+def test_a_run_is_not_overwritten_and_its_recipe_and_data_cannot_change(toy, capsys, tmp_path):
+    assert toy("--epochs", "1") == 0
+    assert toy("--epochs", "1") == 2
+    assert "holds a run already; add --resume" in capsys.readouterr().err
+    assert toy("--epochs", "2", "--resume") == 2
+    assert "train.epochs: 2 against 1" in capsys.readouterr().err
+    rng = np.random.default_rng(9)
+    for name in ("a", "b", "c"):
+        (tmp_path / "other" / name).mkdir(parents=True)
+        for i in range(20):
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(
+                tmp_path / "other" / name / f"{i}.png"
+            )
+    os.environ["RSENGINE_CACHE"] = str(tmp_path / "cache")
+    try:
+        assert toy("--epochs", "1", "--resume", "--data", str(tmp_path / "other")) == 2
+    finally:
+        del os.environ["RSENGINE_CACHE"]
+    assert "the run was on other data" in capsys.readouterr().err
+
+
+def test_a_finished_run_resumed_says_its_result_again(toy, capsys):
+    assert toy("--epochs", "1") == 0
+    first = capsys.readouterr().out.splitlines()[-1]
+    assert toy("--epochs", "1", "--resume") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == first
+
+
+def test_images_of_several_sizes_are_refused_with_the_remedy(toy, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("RSENGINE_CACHE", str(tmp_path / "cache"))
+    for name in ("a", "b"):
+        (tmp_path / "sizes" / name).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (20 + i, 30), (i, 2, 3)).save(tmp_path / "sizes" / name / f"{i}.png")
+    assert toy("--data", str(tmp_path / "sizes")) == 2
+    assert "differ in size; convert them again with --size N" in capsys.readouterr().err
+
+
+def test_metrics_are_plain_json(toy):
+    assert toy("--epochs", "1") == 0
+    for line in Path("run/metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
