@@ -15,12 +15,8 @@ _IMAGES = 10
 _DRAWS = 3
 
 
-def write_records(trainer: Trainer, command: str) -> None:
-    """Write ``curves.png``, ``augmented.png``, ``confusion.png`` and ``report.md`` into the run folder.
-
-    Args:
-        command: the command that repeats the run.
-    """
+def write_records(trainer: Trainer) -> None:
+    """Write ``curves.png``, ``augmented.png``, ``confusion.png`` and ``report.md`` into the run folder."""
     recipe, dataset, out = trainer.recipe, trainer.dataset, trainer.out
     log = runlog.RunLog(out)
     epochs, intervals = log.records(runlog.EPOCH), log.records(runlog.INTERVAL)
@@ -47,7 +43,8 @@ def write_records(trainer: Trainer, command: str) -> None:
         notes=[
             f"{trainer.execution.reason}; {trainer.execution.threads} threads",
             "The losses of training and test are both with the recipe's label smoothing",
-            f"Again: `{command}`",
+            f"Again: `python -m rsengine.train --recipe recipe.toml --data SOURCE`, with this folder's `recipe.toml` "
+            f"and a source whose sha256 is `{dataset.checksum}`",
         ],
         planned_epochs=recipe.train.epochs,
     )

@@ -74,13 +74,12 @@ def _train(arguments: argparse.Namespace) -> int:
     else:
         write_atomically(out / RECIPE_FILE, recipe.to_toml().encode())
 
-    command = f"python -m rsengine.train --recipe {out / RECIPE_FILE} --data {arguments.data or dataset.folder}"
     resume = shlex.join(["python", "-m", "rsengine.train", "--resume", "--out", str(out)])
     if arguments.data:
         resume += f" --data {shlex.quote(arguments.data)}"
     _announce(trainer, dataset)
     stopped = trainer.run()
-    write_records(trainer, command)
+    write_records(trainer)
     if stopped:
         where = f"step {trainer.steps_done} of {trainer.total_steps}"
         print(f"stopped after {where}; everything is saved. Go on with: {resume}")

@@ -75,21 +75,6 @@ def test_a_failed_overwrite_leaves_the_old_data_set(tmp_path, monkeypatch):
     assert visible(tmp_path) == ["out"]
 
 
-PLAIN, MEASURE = images.decode_rgb, scan_module.scan_part
-
-
-def slow(data: bytes, name: str) -> np.ndarray:
-    time.sleep(0.005)
-    return PLAIN(data, name)
-
-
-def hurried(split: images.Split) -> scan_module.Scan:
-    images.decode_rgb = PLAIN
-    result = MEASURE(split)
-    images.decode_rgb = slow
-    return result
-
-
 def slow_main(source: str, out: str, phase: str) -> int:
     """The command line, with a decoder that takes its time once the phase "scan" or "write" is reached."""
     plain = images.decode_rgb
@@ -97,7 +82,7 @@ def slow_main(source: str, out: str, phase: str) -> int:
 
     def slow(data: bytes, name: str) -> np.ndarray:
         if phase == "scan" or (Path(out).parent / written).exists():
-            time.sleep(0.05)
+            time.sleep(0.005)
         return plain(data, name)
 
     images.decode_rgb = slow
