@@ -7,7 +7,7 @@ increments; nothing in the step reads a tensor's value on the host.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -144,18 +144,4 @@ class TrainStep:
 
 
 def _schedule(recipe: Recipe, steps_per_epoch: int) -> np.ndarray:
-    s = recipe.schedule
-    return learning_rate_table(
-        s.name,
-        learning_rate=s.learning_rate,
-        epochs=recipe.train.epochs,
-        steps_per_epoch=steps_per_epoch,
-        warmup_epochs=s.warmup_epochs,
-        final_fraction=s.final_fraction,
-        restart_epochs=s.restart_epochs,
-        restart_multiplier=s.restart_multiplier,
-        milestones=s.milestones,
-        gamma=s.gamma,
-        start_fraction=s.start_fraction,
-        peak_fraction=s.peak_fraction,
-    )
+    return learning_rate_table(**asdict(recipe.schedule), epochs=recipe.train.epochs, steps_per_epoch=steps_per_epoch)

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         return _train(arguments)
-    except (RecipeError, DataError, LoaderError, CheckpointError, UsageError, ValueError) as error:
+    except (RecipeError, DataError, LoaderError, CheckpointError, UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except DivergedError as error:
@@ -65,13 +65,17 @@ def _train(arguments: argparse.Namespace) -> int:
         recipe = _recipe(arguments, "digits")
         print("recipe digits, because the data are the digits and no --recipe was given")
 
-    execution = choose_execution(arguments.device, recipe.train.precision)
     out = out or Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    try:
+        execution = choose_execution(arguments.device, recipe.train.precision)
+        trainer = Trainer(recipe, dataset, execution, out)
+    except ValueError as error:  # a device the machine lacks, or settings that do not go together
+        raise UsageError(str(error)) from error
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(recipe, dataset, execution, out)
     if state is not None:
         trainer.restore(state)
     else:
+        trainer.log.truncate_after(-1)  # of a run that was killed before its first checkpoint
         write_atomically(out / RECIPE_FILE, recipe.to_toml().encode())
 
     resume = shlex.join(["python", "-m", "rsengine.train", "--resume", "--out", str(out)])

@@ -49,7 +49,7 @@ class Trainer:
     """One run of a recipe on a data set, writing into a run folder.
 
     Args:
-        out: the run folder; it must exist.
+        out: the run folder; it must exist when the run begins.
         say: prints one line for the user.
     """
 

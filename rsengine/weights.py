@@ -7,7 +7,7 @@ prediction sees pixels exactly as training did.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import nn
@@ -38,20 +38,8 @@ class Weights:
 
 def build_model(recipe: Recipe, num_classes: int) -> ResNetRS:
     """The network a recipe describes."""
-    m = recipe.model
-    return resnet_rs(
-        m.depth,
-        num_classes,
-        blocks=m.blocks or None,
-        stem_width=m.stem_width,
-        stem_stride=m.stem_stride,
-        stem_pool_stride=m.stem_pool_stride,
-        width_multiplier=m.width_multiplier,
-        se_ratio=m.se_ratio,
-        drop_path=m.drop_path,
-        drop_path_rule=m.drop_path_rule,
-        dropout=m.dropout,
-    )
+    options = asdict(recipe.model)
+    return resnet_rs(num_classes=num_classes, **(options | {"blocks": options["blocks"] or None}))
 
 
 def save_weights(folder: Path, model: nn.Module, recipe: Recipe, dataset: object) -> Path:

@@ -288,6 +288,18 @@ def test_images_of_several_sizes_are_refused_with_the_remedy(toy, capsys, tmp_pa
     assert "differ in size; convert them again with --size N" in capsys.readouterr().err
 
 
+def test_a_run_killed_before_its_first_checkpoint_can_be_started_again(toy):
+    Path("run").mkdir()
+    RunLog(Path("run")).append({"kind": "start", "step": 0})
+    assert toy("--epochs", "1") == 0
+    assert len(RunLog(Path("run")).records("start")) == 1
+
+
+def test_a_refused_run_leaves_no_folder(toy):
+    assert toy("--set", "train.batch_size=200") == 2
+    assert not Path("run").exists()
+
+
 def test_metrics_are_plain_json(toy):
     assert toy("--epochs", "1") == 0
     for line in Path("run/metrics.jsonl").read_text().splitlines():
