@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import shlex
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from rsengine.records import write_records
 from rsengine.trainer import DivergedError, Trainer
 
 RECIPE_FILE = "recipe.toml"
+say = functools.partial(print, flush=True)  # a log file shows a line when it is said, not kilobytes later
 
 
 class UsageError(ValueError):
@@ -55,7 +57,7 @@ def _train(arguments: argparse.Namespace) -> int:
     elif out is not None and (out / FILE).exists():
         raise UsageError(f"--out {out}: holds a run already; add --resume to go on with it, or name another folder")
 
-    dataset = find_dataset(arguments.data, fallback_digits=arguments.or_digits, log=print)
+    dataset = find_dataset(arguments.data, fallback_digits=arguments.or_digits, log=say)
     if dataset.image_size is None:
         raise UsageError(
             f"{dataset.folder}: its images differ in size; convert them again with --size N, for example "
@@ -63,12 +65,12 @@ def _train(arguments: argparse.Namespace) -> int:
         )
     if state is None and dataset.name == "digits" and arguments.recipe is None:
         recipe = _recipe(arguments, "digits")
-        print("recipe digits, because the data are the digits and no --recipe was given")
+        say("recipe digits, because the data are the digits and no --recipe was given")
 
     out = out or Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     try:
         execution = choose_execution(arguments.device, recipe.train.precision)
-        trainer = Trainer(recipe, dataset, execution, out)
+        trainer = Trainer(recipe, dataset, execution, out, say=say)
     except ValueError as error:  # a device the machine lacks, or settings that do not go together
         raise UsageError(str(error)) from error
     out.mkdir(parents=True, exist_ok=True)
@@ -86,10 +88,10 @@ def _train(arguments: argparse.Namespace) -> int:
     write_records(trainer)
     if stopped:
         where = f"step {trainer.steps_done} of {trainer.total_steps}"
-        print(f"stopped after {where}; everything is saved. Go on with: {resume}")
+        say(f"stopped after {where}; everything is saved. Go on with: {resume}")
         return 128 + stopped
     final = trainer.result.get("ema") or trainer.result["raw"]
-    print(
+    say(
         f"test accuracy {final.accuracy:.2%}{' (EMA)' if 'ema' in trainer.result else ''} on {dataset.name} after "
         f"{trainer.progress.epoch} epochs, {duration(trainer.progress.seconds)}. Report: {out / 'report.md'}"
     )
@@ -99,14 +101,12 @@ def _train(arguments: argparse.Namespace) -> int:
 def _announce(trainer: Trainer, dataset: Dataset) -> None:
     recipe, execution = trainer.recipe, trainer.execution
     height, width = dataset.image_size
-    print(
-        f"data: {dataset.name}, {dataset.train_count:,} train and {dataset.test_count:,} test images, {height}x{width}"
-    )
-    print(f"model: {trainer.step.model.summary(dataset.image_size)}")
-    print(f"compute: {execution.reason}; channels_last; {execution.threads} threads")
-    print(f"run: {recipe.name}, {recipe.train.epochs} epochs of {trainer.steps_per_epoch} steps, into {trainer.out}")
+    say(f"data: {dataset.name}, {dataset.train_count:,} train and {dataset.test_count:,} test images, {height}x{width}")
+    say(f"model: {trainer.step.model.summary(dataset.image_size)}")
+    say(f"compute: {execution.reason}; channels_last; {execution.threads} threads")
+    say(f"run: {recipe.name}, {recipe.train.epochs} epochs of {trainer.steps_per_epoch} steps, into {trainer.out}")
     if trainer.resumed:
-        print(f"resumed at step {trainer.steps_done} of {trainer.total_steps}")
+        say(f"resumed at step {trainer.steps_done} of {trainer.total_steps}")
 
 
 def _recipe(arguments: argparse.Namespace, default: str) -> Recipe:

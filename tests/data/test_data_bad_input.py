@@ -287,13 +287,11 @@ def test_class_without_samples_in_official_file(tmp_path):
 
 
 def test_every_truncation_of_a_jpeg_is_noticed():
-    whole = jpeg(pixels(1, 5)[0])
+    whole = jpeg(pixels(1, 3)[0])  # one of those which Pillow still takes without the last two bytes, the end marker
     decode_rgb(whole, "whole")
-    for length in range(0, len(whole) - 1, 7):
+    for length in range(len(whole)):
         with pytest.raises(DataError, match="cut.jpg"):
             decode_rgb(whole[:length], "cut.jpg")
-    with pytest.raises(DataError):
-        decode_rgb(whole[:-2], "cut.jpg")  # all pixels are there, only the end marker is not
 
 
 def test_every_truncation_and_flipped_byte_of_a_png_is_noticed():
