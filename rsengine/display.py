@@ -30,7 +30,7 @@ class Display:
 
     def __init__(self, total: int, done: int, epochs: int, batch_size: int, say: Callable[[str], None]) -> None:
         self.total, self.epochs, self.batch_size, self.say = total, epochs, batch_size, say
-        self.bar = tqdm(total=total, initial=done, unit="step", disable=None, dynamic_ncols=True)
+        self.bar = tqdm(total=total, initial=done, unit="step", desc="train", disable=None, dynamic_ncols=True)
         self.spoken = time.perf_counter()
 
     def close(self) -> None:
