@@ -61,7 +61,7 @@ def test_twenty_steps_equal_stock_pytorch():
         loss = F.cross_entropy(twin(x), labels, label_smoothing=0.1)
         loss.backward()
         optimizer.step()
-        losses += float(loss) * len(labels)
+        losses += float(loss.detach()) * len(labels)
         decay = min(0.8, (1 + n) / (10 + n))
         for name, value in twin.state_dict().items():
             if value.is_floating_point():
