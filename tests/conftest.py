@@ -1,4 +1,4 @@
-"""Small converted data sets, and the stopwatch-free machinery that tests of whole runs share."""
+"""The small converted data set that tests of the loader and of whole runs share."""
 
 from pathlib import Path
 

@@ -69,9 +69,9 @@ def test_twenty_steps_equal_stock_pytorch():
         step(images, labels)
     ours, averaged = step.model.state_dict(), step.ema_model.state_dict()
     for name, value in twin.state_dict().items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=name)
         if value.is_floating_point():
-            torch.testing.assert_close(averaged[name], average[name], rtol=1e-3, atol=1e-4, msg=name)
+            torch.testing.assert_close(averaged[name], average[name], rtol=1e-4, atol=1e-5, msg=name)
     totals = step.read_totals()
     assert totals.loss == pytest.approx(losses, rel=1e-3) and totals.images == 160 and totals.first_bad_step == -1
     assert step.read_totals().images == 0  # reading starts the sums again

@@ -250,7 +250,7 @@ def test_bad_input_is_one_line_and_exit_2(toy, capsys, arguments, words):
     assert error.startswith("error: ") and words in error and "\n" not in error
 
 
-def test_a_run_is_not_overwritten_and_its_recipe_and_data_cannot_change(toy, capsys, tmp_path):
+def test_a_run_is_not_overwritten_and_its_recipe_and_data_cannot_change(toy, capsys, tmp_path, monkeypatch):
     assert toy("--epochs", "1") == 0
     assert toy("--epochs", "1") == 2
     assert "holds a run already; add --resume" in capsys.readouterr().err
@@ -263,11 +263,8 @@ def test_a_run_is_not_overwritten_and_its_recipe_and_data_cannot_change(toy, cap
             Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(
                 tmp_path / "other" / name / f"{i}.png"
             )
-    os.environ["RSENGINE_CACHE"] = str(tmp_path / "cache")
-    try:
-        assert toy("--epochs", "1", "--resume", "--data", str(tmp_path / "other")) == 2
-    finally:
-        del os.environ["RSENGINE_CACHE"]
+    monkeypatch.setenv("RSENGINE_CACHE", str(tmp_path / "cache"))
+    assert toy("--epochs", "1", "--resume", "--data", str(tmp_path / "other")) == 2
     assert "the run was on other data" in capsys.readouterr().err
 
 
