@@ -7,7 +7,7 @@ VENV   ?= .venv
 READY  := $(VENV)/.ready
 BIN    := $(VENV)/bin
 
-.PHONY: train test lint bench setup clean
+.PHONY: train test lint bench compile-report gpu-check setup clean
 .DEFAULT_GOAL := train
 
 train: $(READY)
@@ -22,6 +22,12 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
+
+compile-report: $(READY)
+	$(BIN)/python -m rsengine.kernels.compile_report $(ARGS)
+
+gpu-check: $(READY)
+	$(BIN)/python -m rsengine.gpu_check
 
 setup: $(READY)
 

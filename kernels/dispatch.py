@@ -1,24 +1,76 @@
-"""Which implementation of an op runs, and why. The only place in this room that decides it."""
+"""Which implementation of an op runs, and why. The only place in this room that asks about devices."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
 OPS = ("squeeze_excite", "squeeze_excite_residual", "label_smoothed_cross_entropy", "ema_update", "sgd_ema_step")
-IMPLEMENTATIONS = ("auto", "eager")
+IMPLEMENTATIONS = ("auto", "triton", "eager")
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_CAPABILITY = (8, 0)  # Ampere: the oldest GPU the kernels are compiled for in the tests
 
 
-def explain(op: str) -> str:
-    """Say which implementation ``impl="auto"`` chooses for ``op``, and why.
+def explain(op: str, device: torch.device | str | None = None) -> str:
+    """Say which implementation ``impl="auto"`` chooses for ``op`` on ``device``, and why.
+
+    Args:
+        op: one of :data:`OPS`.
+        device: ``None`` is the GPU where PyTorch sees one, else the CPU.
 
     Raises:
         ValueError: ``op`` is not one of :data:`OPS`.
     """
     if op not in OPS:
         raise ValueError(f"op: expected one of {', '.join(OPS)}; got {op!r}")
-    return f"{op}: eager, because it is the only implementation in this version"
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    automatic, _, reason = _triton_on(place.type, place.index)
+    return f"{op}: {'triton' if automatic else 'eager'} on {place}, because {reason}"
 
 
-def choose(op: str, impl: str) -> str:
-    """The implementation to run for ``op``: raises ``ValueError`` for an ``impl`` that cannot run."""
+def choose(op: str, impl: str, tensor: Tensor) -> str:
+    """``"triton"`` or ``"eager"`` for an ``op`` whose main input is ``tensor``.
+
+    Raises:
+        ValueError: ``impl`` is not one of :data:`IMPLEMENTATIONS`.
+        RuntimeError: ``impl="triton"`` where it cannot run; the message says why.
+    """
     if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}; got {impl!r} ({explain(op)})")
-    return "eager"
+        raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
+    if impl == "eager":
+        return "eager"
+    automatic, possible, reason = _triton_on(tensor.device.type, tensor.device.index)
+    if tensor.dtype not in TRITON_DTYPES:
+        automatic, possible, reason = False, False, f"the kernels compute in float32, and the input is {tensor.dtype}"
+    if impl == "auto":
+        return "triton" if automatic else "eager"
+    if not possible:
+        raise RuntimeError(f"impl: 'triton' cannot run {op} here, because {reason}; use 'auto' or 'eager'")
+    return "triton"
+
+
+def _triton_on(device_type: str, index: int | None) -> tuple[bool, bool, str]:
+    """``(chosen by "auto", possible when asked for, the reason)`` for Triton on a device."""
+    if importlib.util.find_spec("triton") is None:
+        return False, False, "Triton is not installed (pip install triton)"
+    if device_type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return False, True, "on the CPU Triton has only its interpreter (TRITON_INTERPRET=1), which is for tests"
+        return False, False, "Triton compiles for GPUs only"
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return False, False, f"PyTorch sees no GPU that Triton compiles for (device type {device_type!r})"
+    if torch.version.hip:
+        return False, True, "the kernels compile for AMD GPUs and have not been proved on one"
+    capability = torch.cuda.get_device_capability(index)
+    name = f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}"
+    if capability < OLDEST_CAPABILITY:
+        return False, False, f"{name}, and the kernels need {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
+    return True, True, name
+
+
+# What torch.compiler.assume_constant_result sets, after importing the compiler and with it Triton: torch.compile is to
+# take the answer as it is and not look inside.
+_triton_on._dynamo_marked_constant = True

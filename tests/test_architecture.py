@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ENTRY_POINTS = {"train", "predict", "evaluate", "study"}
+ENTRY_POINTS = {"train", "predict", "evaluate", "study", "gpu_check"}
 # A module may import from lower layers, and from its own.
 LAYERS = [
     {"kernels", "data", "files", "device", "signals", "display", "schedule", "preprocess"},
@@ -17,7 +17,7 @@ LAYERS = [
     {"loader", "step", "graph", "capture_check", "checkpoint", "runlog", "plots", "weights", "evaluate"},
     {"report", "trainer"},
     {"records"},
-    {"train", "predict", "study"},
+    {"train", "predict", "study", "gpu_check"},
 ]
 
 
@@ -62,16 +62,32 @@ def test_imports_go_down_only(module, path):
 
 @pytest.mark.parametrize("room", ["kernels", "data"])
 def test_the_lower_rooms_know_nothing_of_rsengine(room):
-    for path in (ROOT / room).glob("*.py"):
+    for path in (ROOT / room).glob("**/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rsengine"):
                 assert room == "data" and node.module.startswith("rsengine.data"), f"{path}: {node.module}"
 
 
+LIGHT = {"__future__", "collections", "dataclasses", "functools", "importlib", "math", "os", "typing"}
+# Tools for tests and reports; the ops must not need them.
+TOOLS = {"interpreter.py", "interpreter_memory.py", "offline.py", "compile_report.py"}
+
+
 def test_kernels_import_torch_alone():
-    for path in (ROOT / "kernels").glob("*.py"):
+    for path in [*(ROOT / "kernels").glob("*.py"), *(ROOT / "kernels" / "jit").glob("*.py")]:
         outside = {name.split(".")[0] for name in top_level_imports(path) if not name.startswith(".")}
-        assert outside <= {"torch", "collections", "__future__"}, f"{path.name}: {outside}"
+        if path.name in TOOLS:
+            allowed = {"torch", "triton", "numpy", *sys.stdlib_module_names}
+        else:
+            allowed = {"torch", *LIGHT} | ({"triton", "numpy"} if path.parent.name == "jit" else set())
+        assert outside <= allowed, f"{path.name}: {outside - allowed}"
+
+
+def test_ops_import_neither_triton_code_nor_tools_at_the_top():
+    for path in (ROOT / "kernels").glob("*.py"):
+        if path.name not in TOOLS:
+            inner = {name.lstrip(".").split(".")[0] for name in top_level_imports(path) if name.startswith(".")}
+            assert not inner & {"jit", *(name.removesuffix(".py") for name in TOOLS)}, f"{path.name}: {inner}"
 
 
 def test_importing_the_package_is_light():
@@ -85,7 +101,7 @@ def test_importing_the_package_is_light():
 
 
 def test_no_bare_or_silent_except():
-    for path in [*ROOT.glob("rsengine/**/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("data/*.py")]:
+    for path in [*ROOT.glob("rsengine/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("data/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ExceptHandler):
                 assert node.type is not None, f"{path}:{node.lineno} bare except"

@@ -1,8 +1,14 @@
-"""The multi-tensor updates against their reference, torch.optim.SGD, and torch's and timm's averages."""
+"""The multi-tensor updates against their reference, torch.optim.SGD, and torch's and timm's averages.
+
+The eager code of an ordinary process; the kernels are in ``jit/test_ema.py``.
+"""
+
+import os
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rsengine.kernels import ema_update, reference, sgd_ema_step
 from tests.tolerances import assert_close
@@ -110,6 +116,137 @@ def test_parameters_that_require_grad_and_channels_last_are_updated_in_place():
     torch.testing.assert_close(p.detach(), before - 0.5)
 
 
+def channels_last(tensor):
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+@pytest.mark.parametrize(
+    ("p_kind", "g_kind", "m_kind", "dtype", "grad_dtype"),
+    [
+        (channels_last, torch.Tensor.contiguous, channels_last, torch.float32, torch.float32),
+        (torch.Tensor.contiguous, channels_last, channels_last, torch.float32, torch.float32),
+        (channels_last, channels_last, torch.Tensor.contiguous, torch.float32, torch.float32),
+        (lambda t: t.repeat(2, 1, 1, 1)[::2], torch.Tensor.contiguous, channels_last, torch.float32, torch.float32),
+        (channels_last, channels_last, channels_last, torch.bfloat16, torch.bfloat16),
+        (channels_last, torch.Tensor.contiguous, channels_last, torch.bfloat16, torch.float32),
+    ],
+    ids=["gradient", "parameter", "momentum", "gaps", "bfloat16", "bfloat16, float32 gradient"],
+)
+def test_strides_and_dtypes_that_differ_between_the_lists(momentum, p_kind, g_kind, m_kind, dtype, grad_dtype):
+    """PyTorch's fused operator on the CPU walks storages, and would update the wrong elements without a word."""
+    torch.manual_seed(0)
+    p, g, m, s = (torch.randn(4, 3, 2, 2) for _ in range(4))
+    lists = [[p_kind(p).to(dtype)], [g_kind(g).to(grad_dtype)], [m_kind(m.clone())], [s]]
+    truth, s_start = [[t.double() for t in part] for part in lists], s.double()
+    lr, decay = torch.tensor(0.1), torch.tensor(0.9)
+    sgd_ema_step(*lists, lr, momentum, 1e-2, decay)
+    reference.sgd_ema_step(*truth, lr.double(), momentum, 1e-2, decay.double())
+    assert_close(lists[0][0], truth[0][0])
+    assert_close(lists[2][0], truth[2][0] if momentum else m.double())  # without momentum it is left alone
+    assert_close(lists[3][0], (0.9 * s_start + 0.1 * lists[0][0].double()))  # of the parameter as it is stored
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_float32_average_of_parameters_in_fewer_bits(dtype):
+    params, shadow = tensors(dtype, 0), tensors(torch.float32, 1)
+    truth = [s.double() for s in shadow]
+    for _ in range(20):
+        ema_update(shadow, params, torch.tensor(0.9))
+        reference.ema_update(truth, [p.double() for p in params], torch.tensor(0.9).double())
+    for ours, true in zip(shadow, truth, strict=True):
+        assert_close(ours, true)
+
+
+def call_step(lists, lr, decay, **options):
+    sgd_ema_step(*lists, lr, 0.9, [0.0, 1e-2, 1e-2, 0.0, 0.1], decay, **options)
+    ema_update(lists[3], lists[0], decay, **options)
+
+
+def test_compiled_in_one_graph():
+    plain, compiled = ([tensors(torch.float32, seed) for seed in range(4)] for _ in range(2))
+    lr, decay = torch.tensor(0.1), torch.tensor(0.9)
+    run = torch.compile(call_step, fullgraph=True)
+    for _ in range(3):
+        call_step(plain, lr, decay)
+        run(compiled, lr, decay)
+        lr.mul_(0.5)  # read at each call, compiled or not
+        decay.mul_(0.9)
+    for part, other in zip(plain, compiled, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(part, other, strict=True))
+
+
+def test_on_fake_tensors():
+    with FakeTensorMode():
+        lists = [[torch.empty(shape) for shape in SHAPES] for _ in range(4)]
+        call_step(lists, torch.empty(()), torch.empty(()))
+        torch.ops.rsengine.ema_update(lists[3], lists[0], torch.empty(()), "triton")
+
+
+def test_opcheck():
+    lists = [tensors(torch.float32, seed) for seed in range(4)]
+    lr, decay = torch.tensor(0.1), torch.tensor(0.9)
+    torch.library.opcheck(torch.ops.rsengine.ema_update, (lists[3], lists[0], decay, "eager"))
+    for shadow, rate in ((lists[3], decay), ([], None)):
+        arguments = (*lists[:3], shadow, lr, 0.9, [0.1] * len(SHAPES), rate, True, "eager")
+        torch.library.opcheck(torch.ops.rsengine.sgd_ema_step, arguments)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton runs on the CPU in its interpreter")
+def test_triton_on_the_cpu_is_refused_with_the_reason():
+    with pytest.raises(RuntimeError, match="'triton' cannot run ema_update here, because Triton"):
+        ema_update([ONE], [ONE], torch.tensor(0.5), impl="triton")
+    with pytest.raises(RuntimeError, match="'triton' cannot run sgd_ema_step here, because Triton"):
+        sgd_ema_step([ONE], [ONE], [ONE], None, torch.tensor(0.1), 0.9, 0.0, None, impl="triton")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+def test_no_value_and_no_address_of_a_scalar_makes_another_kernel():
+    pytest.importorskip("triton")
+    from rsengine.kernels.jit import ema
+    from rsengine.kernels.offline import compiling_for
+
+    lists, table = [tensors(torch.float32, seed) for seed in range(4)], torch.rand(8)
+    with compiling_for("sm_90") as launches:
+        for i, momentum, weight_decay in ((0, 0.9, 0.0), (1, 0.8, 1e-4), (2, 1.0, 1.0)):
+            ema.sgd_ema_step(*lists, table[i], momentum, [weight_decay] * len(SHAPES), table[7 - i], True)
+    assert len(launches) == 3 and len({launch.kernel.hash for launch in launches}) == 1
+
+
+@pytest.fixture
+def triton_chosen(monkeypatch):
+    """As on a machine with a GPU: the checks come before anything is launched."""
+    monkeypatch.setattr("rsengine.kernels.ema.choose", lambda op, impl, tensor: "triton")
+
+
+LR, DECAY = torch.tensor(0.1), torch.tensor(0.5)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: ema_update([ONE.bfloat16()], [ONE], DECAY), r"shadow\[0\]: expected torch.float32.*bfloat16"),
+        (lambda: ema_update([ONE], [ONE.double()], DECAY), r"params\[0\]: expected .*float32 or .*got torch.float64"),
+        (lambda: ema_update([ONE], [ONE], DECAY.double()), "decay: expected torch.float32 .*got torch.float64"),
+        (
+            lambda: sgd_ema_step([ONE], [ONE], [ONE], None, LR.double(), 0.9, 0.0, None),
+            "lr: expected torch.float32 .*got torch.float64",
+        ),
+        (
+            lambda: sgd_ema_step([ONE, ONE], [ONE, ONE.half()], [ONE, ONE], None, LR, 0.9, 0.0, None),
+            r"grads\[1\]: expected torch.float32 for .*got torch.float16",
+        ),
+        (
+            lambda: sgd_ema_step([ONE.half()], [ONE.half()], [ONE.half()], None, LR, 0.9, 0.0, None),
+            r"momentum_buffers\[0\]: expected torch.float32.*got torch.float16",
+        ),
+    ],
+)
+def test_dtypes_that_the_kernels_do_not_take_are_named(triton_chosen, call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
 ONE = torch.ones(2)
 
 
@@ -118,6 +255,26 @@ ONE = torch.ones(2)
     [
         (lambda: ema_update([ONE], [], torch.tensor(0.5)), "params: expected 1 tensors"),
         (lambda: ema_update([ONE], [torch.ones(3)], torch.tensor(0.5)), r"params\[0\]: expected the shape"),
+        (lambda: ema_update([ONE], [None], torch.tensor(0.5)), r"params\[0\]: expected a tensor; got None"),
+        (lambda: ema_update([ONE], [ONE.int()], torch.tensor(0.5)), r"params\[0\]: expected a floating.*torch.int32"),
+        (
+            lambda: ema_update([ONE], [ONE.to("meta")], torch.tensor(0.5)),
+            r"params\[0\]: expected the device.*cpu; got m",
+        ),
+        (
+            lambda: ema_update([ONE], [ONE], torch.empty((), device="meta")),
+            "decay: expected a tensor on cpu; got .* meta",
+        ),
+        (
+            lambda: ema_update([ONE, torch.ones(1).expand(3, 2)], [ONE, torch.ones(3, 2)], torch.tensor(0.5)),
+            r"shadow\[1\]: expected a tensor whose elements do not share memory; got shape \(3, 2\) .*strides \(0, 0\)",
+        ),
+        (
+            lambda: sgd_ema_step(
+                [torch.ones(4).as_strided((2, 3), (1, 1))], *[[torch.ones(2, 3)]] * 2, None, LR, 0.9, 0, None
+            ),
+            r"params\[0\]: expected a tensor whose elements do not share memory.*strides \(1, 1\)",
+        ),
         (lambda: ema_update([ONE], [ONE], 0.5), "decay: expected a floating-point tensor"),
         (lambda: ema_update([ONE], [ONE], torch.ones(1)), "decay: expected a floating-point tensor"),
         (lambda: sgd_ema_step([ONE], [], [ONE], None, torch.tensor(0.1), 0.9, 0.0, None), "grads: expected 1"),

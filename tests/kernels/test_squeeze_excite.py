@@ -125,7 +125,9 @@ def test_bf16_activations_with_float32_weights_under_autocast():
         ({"b2": torch.zeros(4)}, r"b2: expected \(8,\)"),
         ({"shortcut": torch.zeros(2, 8, 4, 5)}, "shortcut: expected the shape of x"),
         ({"keep_scale": torch.zeros(3)}, r"keep_scale: expected \(2,\)"),
-        ({"impl": "cuda"}, "impl: expected one of auto, eager"),
+        ({"w2": torch.zeros(8, 4, device="meta")}, "w2: expected floating point on cpu; got torch.float32 on meta"),
+        ({"b2": torch.zeros(8, dtype=torch.int64)}, "b2: expected floating point on cpu; got torch.int64"),
+        ({"impl": "cuda"}, "impl: expected one of auto, triton, eager"),
     ],
 )
 def test_wrong_arguments_are_named(change, words):
@@ -140,6 +142,46 @@ def test_wrong_arguments_are_named(change, words):
     squeeze_excite_residual(**good)
     with pytest.raises(ValueError, match=words):
         squeeze_excite_residual(**(good | change))
+
+
+def test_triton_where_it_cannot_run_says_why():
+    x, weights, shortcut = inputs((2, 8, 3, 3, 4), torch.float32)
+    with pytest.raises(RuntimeError, match="'triton' cannot run squeeze_excite here, because Triton compiles for GPUs"):
+        squeeze_excite(x, *weights, impl="triton")
+    with pytest.raises(RuntimeError, match="cannot run squeeze_excite_residual here"):
+        squeeze_excite_residual(x, *weights, shortcut, impl="triton")
+
+
+@pytest.mark.parametrize("keep", [None, "some"], ids=["every branch kept", "stochastic depth"])
+def test_a_compiled_graph_has_no_breaks(keep):
+    x, weights, shortcut = inputs((2, 8, 3, 3, 4), torch.float32)
+    upstream = torch.ones_like(x)
+    scale = None if keep is None else torch.tensor([0.0, 1.25])
+
+    def step(*a):
+        return squeeze_excite_residual(*a, scale)
+
+    out, grads = gradients(torch.compile(step, fullgraph=True), [x, *weights, shortcut], upstream)
+    plain, plain_grads = gradients(step, [x, *weights, shortcut], upstream)
+    torch.testing.assert_close(out, plain)
+    torch.testing.assert_close(grads, plain_grads)
+
+
+@pytest.mark.parametrize("has_shortcut", [True, False])
+def test_fake_outputs_have_the_shapes_dtypes_and_layout_of_real_ones(has_shortcut):
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 3, 3, dtype=torch.bfloat16).requires_grad_()
+        weights = [torch.empty(shape).requires_grad_() for shape in [(4, 8), (4,), (8, 4), (8,)]]
+        shortcut = torch.empty(2, 8, 3, 3).requires_grad_() if has_shortcut else None
+        y, mean, hidden, gate = torch.ops.rsengine.squeeze_excite(x, *weights, shortcut, None)
+        assert y.dtype == (torch.float32 if has_shortcut else torch.bfloat16)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert [(t.shape, t.dtype) for t in (mean, hidden, gate)] == [((2, c), torch.float32) for c in (8, 4, 8)]
+        tensors = [x, *weights] + ([shortcut] if has_shortcut else [])
+        grads = torch.autograd.grad(y.sum(), tensors)
+        assert [(g.shape, g.dtype) for g in grads] == [(t.shape, t.dtype) for t in tensors]
 
 
 def test_explain_names_the_choice_and_refuses_unknown_ops():

@@ -1,0 +1,54 @@
+"""What a compile case is: one real use of an op's launcher, with what its machine code must keep to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most a kernel may use, and the width its global accesses must reach.
+
+    registers: a thread; shared: bytes a program; vector_bytes: 16 where the design asks for 128-bit loads and stores,
+    else the width the shape allows; store_bytes: where the stores are narrower than the loads (a reduction's result).
+    """
+
+    registers: int
+    shared: int
+    vector_bytes: int
+    store_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A large operand, and how often each of its bytes crosses the memory bus in one call: the floor, term by term."""
+
+    tensors: Sequence[Tensor]
+    reads: int
+    writes: int
+
+    @property
+    def bytes(self) -> int:
+        return (self.reads + self.writes) * sum(t.numel() * t.element_size() for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One launch of an op at a real shape.
+
+    name: op, pass, dtype and shape, for people.
+    launch: ``launch(size)`` makes its operands with ``torch.empty`` on the CPU, calls the op's launcher and returns the
+        large operands by name. Under the offline compiler nothing runs; under the interpreter it counts bytes.
+    size: the real size (the batch; for the multi-tensor ops the number of parameters): report and predicted time.
+    small: a size the interpreter can run, at which the bytes of each stream are counted and must equal its floor.
+    budgets: by kernel function name; every kernel the launcher launches has one.
+    """
+
+    name: str
+    launch: Callable[[int], dict[str, Stream]]
+    size: int
+    small: int
+    budgets: dict[str, Budget]
