@@ -15,13 +15,16 @@ import torch
 from rsengine.kernels import explain
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-IMPLEMENTATIONS = ("reference", "eager", "compile", "triton")
+IMPLEMENTATIONS = ("reference", "eager", pytest.param("compile", marks=pytest.mark.slow), "triton")
 ROTATED_BYTES = 256 * 2**20  # inputs in turn, several times any last-level cache, so that each run reads from memory
 PAIRS = 7
 
 
-def implementation(name: str, op: Callable, reference: Callable) -> Callable:
-    """The callable a row measures; skips the triton rows, with the reason, where they would run in the interpreter."""
+def implementation(name: str, op: Callable, reference: Callable, compiled: Callable | None = None) -> Callable:
+    """The callable a row measures; skips the triton rows, with the reason, where they would run in the interpreter.
+
+    ``compiled``: what the compile row gives to ``torch.compile``; the eager implementation unless another is named.
+    """
     if name == "reference":
         return reference
     if name == "triton":
@@ -30,7 +33,10 @@ def implementation(name: str, op: Callable, reference: Callable) -> Callable:
             pytest.skip(reason)
         return functools.partial(op, impl="triton")
     eager = functools.partial(op, impl="eager")
-    return torch.compile(eager, fullgraph=True, dynamic=False) if name == "compile" else eager
+    if name != "compile":
+        return eager
+    torch.compiler.reset()  # every row is a function and shape of its own; together they pass the recompile limit
+    return torch.compile(compiled or eager, fullgraph=True, dynamic=False)
 
 
 def rotation(make: Callable[[], Sequence[torch.Tensor]]) -> Callable[[], Sequence[torch.Tensor]]:

@@ -66,7 +66,7 @@ def evaluate(
             for name, model in models.items():
                 with execution.autocast():
                     logits = model(x)
-                loss, _ = label_smoothed_cross_entropy(logits.float(), labels, label_smoothing, "sum")
+                loss, _ = label_smoothed_cross_entropy(logits, labels, label_smoothing, "sum")
                 losses[name] += loss.double()
                 cells = labels * num_classes + logits.argmax(dim=1)
                 confusions[name] += torch.bincount(cells, minlength=num_classes**2)

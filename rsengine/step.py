@@ -79,7 +79,7 @@ class TrainStep:
             p.grad = None
         with self.execution.autocast():
             logits = self.model(self.preprocess(images))
-        loss, correct = label_smoothed_cross_entropy(logits.float(), labels, self.label_smoothing)
+        loss, correct = label_smoothed_cross_entropy(logits, labels, self.label_smoothing)
         loss.backward()
 
         lr = self.lr_table.gather(0, self.counter)
