@@ -1,12 +1,27 @@
-"""Images a second through the FFCV pipeline, one worker: decode, crop, flip, Cutout, tensor."""
+"""Images a second of either loader: through FFCV with one worker, and gathered from the resident set on the device.
+
+Both decode or gather, crop, flip and blank, in the same order with the same results. FFCV's thread works beside the
+training step; resident batches are made inside it.
+"""
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from rsengine.augment import Cutout, HorizontalFlip, RandomCrop
+from bench.measure import DEVICE
+from rsengine.config import AugmentSection
 from rsengine.data import convert
-from rsengine.loader import BetonLoader
+from rsengine.loader import BetonLoader, training_augmentations
+from rsengine.resident import ResidentData, read_images
+
+IMAGES, BATCH = 9000, 250
+MEAN = (0.5, 0.5, 0.5)
+AUGMENTS = [
+    pytest.param(AugmentSection(crop_padding=0, flip=False), id="plain"),
+    pytest.param(AugmentSection(crop_padding=4, flip=True), id="crop flip"),
+    pytest.param(AugmentSection(crop_padding=4, flip=True, cutout_holes=4, cutout_size=4), id="crop flip cutout"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -16,17 +31,43 @@ def beton(tmp_path_factory):
         (folder / "source" / name).mkdir(parents=True)
         for i in range(5000):
             Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"source/{name}/{i}.png")
-    return convert(folder / "source", folder / "out", log=lambda line: None).train_beton
+    dataset = convert(folder / "source", folder / "out", log=lambda line: None)
+    assert dataset.train_count == IMAGES
+    return dataset.train_beton
 
 
-@pytest.mark.parametrize("augmented", [False, True], ids=["decode", "crop flip cutout"])
-def test_epoch(benchmark, beton, augmented):
-    operations = [RandomCrop(4), HorizontalFlip(), Cutout(4, 4)] if augmented else []
-    loader = BetonLoader(beton, 250, augmentations=operations, shuffle=True)
+def measure(benchmark, run):
+    """Time an epoch and note its images a second."""
+    benchmark(run)
+    benchmark.extra_info |= {"images": IMAGES, "device": str(DEVICE), "threads": torch.get_num_threads()}
+    if benchmark.stats is not None:  # None under --benchmark-disable
+        benchmark.extra_info["images/s"] = round(IMAGES / benchmark.stats.stats.median)
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_ffcv(benchmark, beton, augment):
+    loader = BetonLoader(beton, BATCH, augmentations=training_augmentations(augment, MEAN, 0), shuffle=True)
 
     def run():
         for _ in loader.epoch(0):
             pass
 
-    benchmark.extra_info["images"] = 9000
-    benchmark(run)
+    measure(benchmark, run)
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_resident(benchmark, beton, augment):
+    images, labels = (tensor.to(DEVICE) for tensor in read_images(beton))
+    steps = IMAGES // BATCH
+    resident = ResidentData(images, labels, BATCH, augment, MEAN, seed=0, epochs=1, steps_per_epoch=steps)
+    counter = torch.zeros((), dtype=torch.int64, device=DEVICE)
+
+    def run():
+        counter.zero_()
+        for _ in range(steps):
+            resident(counter)
+            counter.add_(1)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    measure(benchmark, run)

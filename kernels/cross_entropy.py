@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import choose
+from .dispatch import choose, is_triton_assumed
 
 REDUCTIONS = ("none", "mean", "sum")
 NO_INDEX = -(2**63)  # PyTorch's default, -100, would silently skip such rows
@@ -126,7 +126,8 @@ def _backward(ctx, grad_loss, _grad_correct, _grad_gradient):
     if torch.is_grad_enabled():
         raise RuntimeError("label_smoothed_cross_entropy: Triton's has no second derivative; use impl='eager'")
     (gradient,) = ctx.saved_tensors
-    if type(gradient) is not Tensor:  # a tracer's: the program it writes must not change what it saved
+    # A tracer's: the program it writes must not change what it saved. One that only watches gets the GPU's operator.
+    if type(gradient) is not Tensor and not is_triton_assumed():
         factor = grad_loss * ctx.remaining
         scaled = gradient.float() * (factor if factor.dim() == 0 else factor[:, None])
         return scaled.to(gradient.dtype), None, None, None, None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,6 +15,27 @@ OPS = ("squeeze_excite", "squeeze_excite_residual", "label_smoothed_cross_entrop
 IMPLEMENTATIONS = ("auto", "triton", "eager")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_CAPABILITY = (8, 0)  # Ampere: the oldest GPU the kernels are compiled for in the tests
+
+_triton_assumed = contextvars.ContextVar("rsengine_triton_assumed", default=False)
+
+
+@contextlib.contextmanager
+def assume_triton() -> Iterator[None]:
+    """In the block, ``"auto"`` chooses as on a GPU with Triton wherever the device is not the CPU.
+
+    For tracing a program with fake tensors on a machine without a GPU: each op appears as the one operator that it is
+    on a GPU, and the operator's fake implementation answers. On real tensors it would fail.
+    """
+    token = _triton_assumed.set(True)
+    try:
+        yield
+    finally:
+        _triton_assumed.reset(token)
+
+
+def is_triton_assumed() -> bool:
+    """Whether the caller is inside :func:`assume_triton`."""
+    return _triton_assumed.get()
 
 
 def explain(op: str, device: torch.device | str | None = None) -> str:
@@ -54,6 +78,8 @@ def choose(op: str, impl: str, tensor: Tensor) -> str:
 
 def _triton_on(device_type: str, index: int | None) -> tuple[bool, bool, str]:
     """``(chosen by "auto", possible when asked for, the reason)`` for Triton on a device."""
+    if device_type != "cpu" and is_triton_assumed():
+        return True, True, "a tracer assumes a GPU that Triton compiles for"
     if importlib.util.find_spec("triton") is None:
         return False, False, "Triton is not installed (pip install triton)"
     if device_type == "cpu":

@@ -23,6 +23,7 @@ else:
     import tomli as tomllib
 
 PRECISIONS = ("auto", "bf16", "fp32")
+LOADERS = ("ffcv", "resident")
 
 
 class RecipeError(ValueError):
@@ -119,6 +120,7 @@ class OptimizerSection:
     nesterov: bool = _flag(True, help="Nesterov momentum")
     weight_decay: float = _number(4e-5, 0.0, 1.0, help="weight decay")
     decay_bn_and_bias: bool = _flag(False, help="apply weight decay to batch-norm parameters and biases too")
+    clip_norm: float = _number(0.0, 0.0, help="longest gradient, as one vector over all parameters; 0: no clipping")
 
 
 @dataclass(frozen=True)
@@ -148,12 +150,15 @@ class EmaSection:
 
 @dataclass(frozen=True)
 class AugmentSection:
-    """What happens to training images in the data pipeline, on uint8 pixels, in this order."""
+    """What happens to training images, in this order: to each by itself in the data pipeline, on uint8 pixels; then to
+    a batch in the step (:mod:`rsengine.mix`). With mixup and cutmix both on, each batch gets one of them at random."""
 
     crop_padding: int = _number(4, 0, integer=True, help="pad by this many black pixels and crop back; 0: no crop")
     flip: bool = _flag(True, help="mirror left to right with probability one half")
     cutout_holes: int = _number(0, 0, integer=True, help="squares blanked with the mean colour; 0: no Cutout")
     cutout_size: int = _number(8, 1, integer=True, help="side of the Cutout squares in pixels")
+    mixup_alpha: float = _number(0.0, 0.0, help="mixup with shares from Beta(alpha, alpha); 0: no mixup")
+    cutmix_alpha: float = _number(0.0, 0.0, help="cutmix with shares from Beta(alpha, alpha); 0: no cutmix")
 
 
 @dataclass(frozen=True)
@@ -162,9 +167,13 @@ class TrainSection:
 
     epochs: int = _number(10, 1, integer=True, help="passes over the training set")
     batch_size: int = _number(128, 2, integer=True, help="images a step")
+    micro_batches: int = _number(
+        1, 1, integer=True, help="parts a batch goes through the network in, gradients summed; batch norm sees one part"
+    )
     eval_batch_size: int = _number(500, 1, integer=True, help="images a batch in evaluation")
     label_smoothing: float = _number(0.1, 0.0, 1.0, help="label smoothing")
     seed: int = _number(0, 0, 2**31 - 1, integer=True, help="seed of weights, order, augmentation and dropout")
+    loader: str = _choice("ffcv", LOADERS, help="batches from FFCV, or gathered from the whole set on the device")
     precision: str = _choice("auto", PRECISIONS, help="bf16 autocast or fp32; auto: bf16 where it is native")
     log_interval: int = _number(50, 1, integer=True, help="steps between interval records")
     checkpoint_minutes: float = _number(10.0, 0.0, help="minutes between checkpoints inside an epoch; 0: epochs only")
@@ -189,6 +198,12 @@ class Recipe:
             _checked(key, spec, value)
         if not self.model.blocks and self.model.depth not in DEPTHS:
             raise RecipeError(f"model.depth: expected one of {', '.join(map(str, DEPTHS))}; got {self.model.depth}")
+        train = self.train
+        if train.batch_size % train.micro_batches or train.batch_size < 2 * train.micro_batches:
+            raise RecipeError(
+                f"train.micro_batches: expected a divisor of train.batch_size ({train.batch_size}) that leaves at "
+                f"least 2 images to each, as batch norm needs; got {train.micro_batches}"
+            )
 
     def to_toml(self) -> str:
         """The whole recipe, every field written out. :meth:`from_toml` of it gives an equal recipe."""
@@ -207,27 +222,19 @@ class Recipe:
 
     def with_settings(self, settings: Iterable[str]) -> Recipe:
         """Apply ``section.key=value`` settings, the value in TOML syntax (quotes around text may be left out)."""
-        recipe = self
+        specs = {path: spec for path, spec, _ in _leaves(self)}
+        changes: dict[str, dict[str, Any]] = {}  # applied at once: fields that must agree may come in any order
         for setting in settings:
             key, separator, text = setting.partition("=")
             if not separator:
                 raise RecipeError(f"--set {setting}: expected section.key=value")
-            recipe = recipe._with(key.strip(), text.strip())
-        return recipe
-
-    def _with(self, key: str, text: str) -> Recipe:
-        specs = {path: spec for path, spec, _ in _leaves(self)}
-        if key not in specs:
-            raise RecipeError(_unknown(key, specs))
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text  # bare words are text: schedule.name=cosine
-        value = _checked(key, specs[key], value)
-        section, _, name = key.rpartition(".")
-        if not section:
-            return replace(self, **{name: value})
-        return replace(self, **{section: replace(getattr(self, section), **{name: value})})
+            key = key.strip()
+            if key not in specs:
+                raise RecipeError(_unknown(key, specs))
+            section, _, name = key.rpartition(".")
+            changes.setdefault(section, {})[name] = _checked(key, specs[key], _parsed(text.strip()))
+        top = changes.pop("", {})
+        return replace(self, **top, **{name: replace(getattr(self, name), **new) for name, new in changes.items()})
 
     def differences(self, other: Recipe) -> list[str]:
         """``key: this value, other value`` for every field in which two recipes differ."""
@@ -287,6 +294,13 @@ def _build(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
         else:
             raise RecipeError(f"{prefix}{name}: expected a section [{name}]; got {value!r}")
     return kind(**arguments)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # bare words are text: schedule.name=cosine
 
 
 def _checked(key: str, spec: Any, value: Any) -> Any:

@@ -23,9 +23,13 @@ class Execution:
     def precision(self) -> str:
         return "fp32" if self.autocast_dtype is None else "bf16"
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self, cache: bool = True) -> torch.autocast:
+        """Autocast in this precision. ``cache=False`` for graph capture, which a kept copy of a weight would break."""
         return torch.autocast(
-            self.device.type, dtype=self.autocast_dtype or torch.bfloat16, enabled=self.autocast_dtype is not None
+            self.device.type,
+            dtype=self.autocast_dtype or torch.bfloat16,
+            enabled=self.autocast_dtype is not None,
+            cache_enabled=cache,
         )
 
 

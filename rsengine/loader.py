@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rsengine.augment import Cutout, HorizontalFlip, RandomCrop, SeededOperation
+from rsengine.batches import LoaderError
 from rsengine.config import AugmentSection
 from rsengine.device import preserved_threads
 
@@ -26,10 +27,6 @@ with preserved_threads():
     from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.transforms import ToTensor
     from ffcv.traversal_order.base import TraversalOrder
-
-
-class LoaderError(RuntimeError):
-    """The data pipeline failed."""
 
 
 def training_augmentations(augment: AugmentSection, mean: Sequence[float], seed: int) -> list[SeededOperation]:

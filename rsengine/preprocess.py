@@ -21,5 +21,8 @@ class Preprocess:
         self.shift = (-torch.tensor(mean, dtype=torch.float64) / deviation).float().to(device)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """``images``: (N, H, W, 3) uint8. Returns (N, 3, H, W) float32 in channels_last memory format."""
+        """``images``: (N, H, W, 3) uint8, or floats from 0 to 255 where images were mixed.
+
+        Returns (N, 3, H, W) float32 in channels_last memory format.
+        """
         return (images.float() * self.scale + self.shift).permute(0, 3, 1, 2)

@@ -7,7 +7,6 @@ import numpy as np
 from rsengine import plots, runlog
 from rsengine.data import Dataset
 from rsengine.data.reader import BetonReader
-from rsengine.loader import training_augmentations
 from rsengine.report import write_report
 from rsengine.trainer import Trainer
 
@@ -60,6 +59,8 @@ def _dataset_line(dataset: Dataset) -> str:
 
 def _draw_augmented(trainer: Trainer, title: str) -> None:
     """Originals above what the training pipeline makes of them in the first epochs."""
+    from rsengine.loader import training_augmentations  # imports FFCV, which a resident run starts without
+
     reader = BetonReader(trainer.dataset.train_beton)
     indices = np.linspace(0, len(reader) - 1, min(_IMAGES, len(reader)), dtype=np.int64)
     originals = np.stack([reader.image(int(i)) for i in indices])

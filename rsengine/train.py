@@ -9,13 +9,14 @@ import shlex
 import sys
 from pathlib import Path
 
+from rsengine.batches import LoaderError
 from rsengine.checkpoint import FILE, CheckpointError, load_checkpoint
 from rsengine.config import Recipe, RecipeError, describe, load_recipe, recipe_names
 from rsengine.data import DataError, Dataset, find_dataset
 from rsengine.device import choose_execution
 from rsengine.display import duration
 from rsengine.files import write_atomically
-from rsengine.loader import LoaderError
+from rsengine.graph import explain_step
 from rsengine.records import write_records
 from rsengine.trainer import DivergedError, Trainer
 
@@ -70,7 +71,8 @@ def _train(arguments: argparse.Namespace) -> int:
     out = out or Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     try:
         execution = choose_execution(arguments.device, recipe.train.precision)
-        trainer = Trainer(recipe, dataset, execution, out, say=say)
+        graph, compile = not arguments.no_graph, arguments.compile
+        trainer = Trainer(recipe, dataset, execution, out, graph=graph, compile=compile, say=say)
     except ValueError as error:  # a device the machine lacks, or settings that do not go together
         raise UsageError(str(error)) from error
     out.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,8 @@ def _train(arguments: argparse.Namespace) -> int:
     resume = shlex.join(["python", "-m", "rsengine.train", "--resume", "--out", str(out)])
     if arguments.data:
         resume += f" --data {shlex.quote(arguments.data)}"
-    _announce(trainer, dataset)
+    resume += " --no-graph" * arguments.no_graph + " --compile" * arguments.compile
+    _announce(trainer, dataset, explain_step(execution, graph, compile))
     stopped = trainer.run()
     write_records(trainer)
     if stopped:
@@ -98,12 +101,12 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _announce(trainer: Trainer, dataset: Dataset) -> None:
+def _announce(trainer: Trainer, dataset: Dataset, steps: str) -> None:
     recipe, execution = trainer.recipe, trainer.execution
     height, width = dataset.image_size
     say(f"data: {dataset.name}, {dataset.train_count:,} train and {dataset.test_count:,} test images, {height}x{width}")
     say(f"model: {trainer.step.model.summary(dataset.image_size)}")
-    say(f"compute: {execution.reason}; channels_last; {execution.threads} threads")
+    say(f"compute: {execution.reason}; channels_last; {execution.threads} threads; {steps}")
     say(f"run: {recipe.name}, {recipe.train.epochs} epochs of {trainer.steps_per_epoch} steps, into {trainer.out}")
     if trainer.resumed:
         say(f"resumed at step {trainer.steps_done} of {trainer.total_steps}")
@@ -157,6 +160,12 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on with the run in --out, or with the recipe's latest"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--no-graph", action="store_true", help="on a GPU, run steps plainly, without capturing them as CUDA graphs"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the network with torch.compile; the first step takes minutes"
+    )
     parser.add_argument("--seed", type=int, help="short for --set train.seed=N")
     parser.add_argument("--epochs", type=int, help="short for --set train.epochs=N")
     parser.add_argument(

@@ -14,14 +14,15 @@ import psutil
 import torch
 
 from rsengine import runlog
+from rsengine.batches import open_batches
 from rsengine.checkpoint import BEST_FILE, FILE, CheckpointError, save_checkpoint
 from rsengine.config import Recipe
 from rsengine.data import Dataset
 from rsengine.device import Execution
 from rsengine.display import Display
-from rsengine.evaluate import Evaluation, evaluate
+from rsengine.evaluate import Evaluation, EvaluationStep
 from rsengine.files import atomic_path
-from rsengine.loader import BetonLoader, training_augmentations
+from rsengine.graph import CapturedStep, CudaRecorder, choose_step, static_batch, uses_graph
 from rsengine.preprocess import Preprocess
 from rsengine.signals import StopRequest, stop_requests
 from rsengine.step import TrainStep
@@ -50,6 +51,8 @@ class Trainer:
 
     Args:
         out: the run folder; it must exist when the run begins.
+        graph: on a GPU, capture the step and the evaluation as CUDA graphs.
+        compile: compile the training pass of the network with ``torch.compile``.
         say: prints one line for the user.
     """
 
@@ -60,26 +63,31 @@ class Trainer:
         execution: Execution,
         out: Path,
         *,
+        graph: bool = True,
+        compile: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
         self.recipe, self.dataset, self.execution, self.out, self.say = recipe, dataset, execution, out, say
-        train = recipe.train
-        torch.manual_seed(train.seed)
-        self.train_loader = BetonLoader(
-            dataset.train_beton,
-            train.batch_size,
-            augmentations=training_augmentations(recipe.augment, dataset.mean, train.seed),
-            shuffle=True,
-            drop_last=True,
-            seed=train.seed,
+        self.graph, self.compile = uses_graph(execution, graph), compile
+        torch.manual_seed(recipe.train.seed)
+        self.batches = open_batches(recipe, dataset, execution)
+        self.steps_per_epoch = self.batches.steps_per_epoch
+        preprocess = Preprocess(dataset.mean, dataset.std, execution.device)
+        classes = len(dataset.classes)
+        self.step = TrainStep(
+            build_model(recipe, classes),
+            recipe,
+            preprocess,
+            execution,
+            self.steps_per_epoch,
+            resident=self.batches.resident,
+            keep_gradients=self.graph,
         )
-        self.test_loader = BetonLoader(dataset.test_beton, train.eval_batch_size)
-        self.steps_per_epoch = len(self.train_loader)
-        if train.limit_train_batches:
-            self.steps_per_epoch = min(self.steps_per_epoch, train.limit_train_batches)
-        self.preprocess = Preprocess(dataset.mean, dataset.std, execution.device)
-        model = build_model(recipe, len(dataset.classes))
-        self.step = TrainStep(model, recipe, self.preprocess, execution, self.steps_per_epoch)
+        models = {"raw": self.step.model}
+        if self.step.ema_model is not None:
+            models["ema"] = self.step.ema_model
+        self.evaluation = EvaluationStep(models, preprocess, execution, classes, recipe.train.label_smoothing)
+        self.captured_evaluation: CapturedStep | None = None
         self.log = runlog.RunLog(out)
         self.progress = Progress()
         self.best: dict[str, float | int] = {"accuracy": -1.0, "epoch": 0}
@@ -104,10 +112,11 @@ class Trainer:
             DivergedError: the loss or a weight stopped being finite.
         """
         train = self.recipe.train
+        step = self._choose_step()
         display = Display(self.total_steps, self.steps_done, train.epochs, train.batch_size, self.say)
         with contextlib.closing(display), stop_requests() as stop:
             while self.progress.epoch < train.epochs:
-                if not self._train_epoch(display, stop):
+                if not self._train_epoch(step, display, stop):
                     self.save()
                     return stop.signal
                 self._finish_epoch(display)
@@ -115,16 +124,25 @@ class Trainer:
                     return stop.signal
         return 0
 
-    def _train_epoch(self, display: Display, stop: StopRequest) -> bool:
+    def _choose_step(self) -> Callable[..., None]:
+        """What the loop calls for each step. Captures before any loader runs: its thread may use the GPU, and a capture
+        refuses that."""
+        device, train = self.execution.device, self.recipe.train
+        inputs = self.batches.static_inputs(device) if self.graph else ()
+        if self.graph:
+            batch = static_batch(train.eval_batch_size, self.dataset.image_size, device)
+            with self.evaluation.evaluation_mode():
+                self.captured_evaluation = CapturedStep(self.evaluation, batch, CudaRecorder(device))
+        return choose_step(self.step, self.execution, inputs, graph=self.graph, compile=self.compile, say=None)
+
+    def _train_epoch(self, step: Callable[..., None], display: Display, stop: StopRequest) -> bool:
         """The rest of the epoch under way. False: stopped before its end."""
         progress, interval = self.progress, self.recipe.train.log_interval
         started = saved = time.perf_counter()
         interval_steps = 0
-        with contextlib.closing(self.train_loader.epoch(progress.epoch, start=progress.batch)) as batches:
+        with contextlib.closing(self.batches.train_epoch(progress.epoch, progress.batch)) as batches:
             while progress.batch < self.steps_per_epoch:
-                images, labels = next(batches)
-                device = self.execution.device
-                self.step(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+                step(*next(batches))
                 progress.batch += 1
                 interval_steps += 1
                 display.advance()
@@ -183,17 +201,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Evaluation]:
         """Measure the raw and, where there is one, the averaged network on the test set; kept in :attr:`result`."""
-        models = {"raw": self.step.model}
-        if self.step.ema_model is not None:
-            models["ema"] = self.step.ema_model
-        self.result = evaluate(
-            models,
-            self.test_loader.epoch(),
-            self.preprocess,
-            self.execution,
-            len(self.dataset.classes),
-            self.recipe.train.label_smoothing,
-        )
+        self.result = self.evaluation.measure(self.batches.test_epoch(), self.captured_evaluation)
         return self.result
 
     # --- records ------------------------------------------------------------------------------------------------------
@@ -211,6 +219,8 @@ class Trainer:
                 "device": self.execution.device.type,
                 "precision": self.execution.precision,
                 "threads": self.execution.threads,
+                "graph": self.graph,
+                "compiled": self.compile,
                 "resumed": self.resumed,
                 "machine": runlog.machine(),
                 "versions": runlog.versions(),

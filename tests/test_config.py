@@ -49,6 +49,19 @@ def test_settings_change_one_field_each():
     assert len(recipe.differences(Recipe())) == 5
 
 
+def test_settings_that_must_agree_come_in_any_order():
+    settings = ["train.micro_batches=3", "train.batch_size=96"]
+    assert Recipe().with_settings(settings) == Recipe().with_settings(settings[::-1])
+    assert Recipe().with_settings(["train.epochs=3", "train.epochs=4"]).train.epochs == 4  # the later one counts
+
+
+def test_what_the_step_may_add_is_off_unless_asked():
+    """Recipes and checkpoints written before these fields mean what they meant."""
+    for recipe in (Recipe(), *map(load_recipe, recipe_names())):
+        assert (recipe.train.micro_batches, recipe.optimizer.clip_norm, recipe.train.loader) == (1, 0.0, "ffcv")
+        assert recipe.augment.mixup_alpha == recipe.augment.cutmix_alpha == 0.0
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
@@ -66,6 +79,13 @@ def test_settings_change_one_field_each():
         ("ema.decay=1.5", "ema.decay: expected a number from 0 to 1"),
         ("train.epochs", "expected section.key=value"),
         ("augment.flip=maybe", "augment.flip: expected true or false"),
+        ("train.micro_batches=3", r"train.micro_batches: expected a divisor of train.batch_size \(128\) .*; got 3"),
+        ("train.micro_batches=128", "leaves at least 2 images to each, as batch norm needs; got 128"),
+        ("train.micro_batches=0", "train.micro_batches: expected an integer >= 1; got 0"),
+        ("optimizer.clip_norm=-1", "optimizer.clip_norm: expected a number >= 0; got -1"),
+        ("augment.mixup_alpha=-0.1", "augment.mixup_alpha: expected a number >= 0"),
+        ("augment.cutmix=1.0", "augment.cutmix: no such key; did you mean augment.cutmix_"),
+        ("train.loader=residnt", "train.loader: expected one of ffcv, resident; got 'residnt'; did you mean resident?"),
     ],
 )
 def test_wrong_settings_are_named_with_what_is_allowed(setting, words):

@@ -33,9 +33,9 @@ def batches(count, n=8):
         )
 
 
-def build(model, *settings, steps_per_epoch=10, execution=FP32):
+def build(model, *settings, steps_per_epoch=10, execution=FP32, **options):
     recipe = Recipe().with_settings([*SETTINGS, *settings])
-    return TrainStep(model, recipe, Preprocess(MEAN, STD), execution, steps_per_epoch)
+    return TrainStep(model, recipe, Preprocess(MEAN, STD), execution, steps_per_epoch, **options)
 
 
 def test_twenty_steps_equal_stock_pytorch():

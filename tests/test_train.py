@@ -14,18 +14,24 @@ import pytest
 import torch
 from PIL import Image
 
+from rsengine import batches as batches_module
 from rsengine import evaluate as evaluate_module
+from rsengine import graph as graph_module
 from rsengine import predict as predict_module
 from rsengine import train as train_module
+from rsengine import trainer as trainer_module
 from rsengine.checkpoint import load_checkpoint
 from rsengine.config import Recipe
 from rsengine.data.reader import BetonReader
+from rsengine.feed import Feeder, TensorBuffers
+from rsengine.graph import CapturedStep
 from rsengine.predict import predict
 from rsengine.preprocess import Preprocess
 from rsengine.runlog import RunLog
 from rsengine.step import TrainStep
 from rsengine.trainer import Trainer
 from rsengine.weights import load_weights
+from tests.graph_simulator import ReplayRecorder
 
 RECIPE = """
 name = "toy"
@@ -295,6 +301,105 @@ def test_a_run_killed_before_its_first_checkpoint_can_be_started_again(toy):
 def test_a_refused_run_leaves_no_folder(toy):
     assert toy("--set", "train.batch_size=200") == 2
     assert not Path("run").exists()
+
+
+class ImmediateLanes:
+    """:class:`rsengine.feed.Lanes` of a device that does everything at once."""
+
+    def __init__(self, *shape):
+        self.shape = shape
+
+    def new_event(self):
+        return None
+
+    def new_buffers(self):
+        return TensorBuffers(*self.shape, torch.device("cpu"), pinned=False)
+
+    def record(self, event, lane):
+        pass
+
+    def wait(self, event, lane):
+        pass
+
+    def wait_on_host(self, event):
+        pass
+
+    def upload(self, buffers):
+        buffers.upload()
+
+
+@pytest.fixture
+def graphs_on_the_cpu(monkeypatch):
+    """A run takes the path it takes on a GPU, through the feeder and captured steps; gives what was captured."""
+    captured = []
+
+    def recorder(device):
+        captured.append(ReplayRecorder())
+        return captured[-1]
+
+    for module in (graph_module, trainer_module):
+        monkeypatch.setattr(module, "uses_graph", lambda execution, graph=True: graph)
+        monkeypatch.setattr(module, "CudaRecorder", recorder)
+    monkeypatch.setattr(batches_module, "feeder_for", lambda device, size, shape: Feeder(ImmediateLanes(size, shape)))
+    return captured
+
+
+@pytest.mark.parametrize("loader", ["ffcv", "resident"])
+def test_a_captured_run_stopped_and_resumed_equals_a_plain_one_bit_for_bit(
+    toy, monkeypatch, capsys, graphs_on_the_cpu, loader
+):
+    assert toy("--no-graph", out="plain") == 0 and not graphs_on_the_cpu
+    plain = CapturedStep.__call__
+
+    def stopping(self, *inputs):
+        plain(self, *inputs)
+        if isinstance(self.step, TrainStep) and int(self.step.counter) == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    settings = ["--set", f"train.loader={loader}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(CapturedStep, "__call__", stopping)
+        assert toy(*settings, out="captured") == 130
+    assert len(graphs_on_the_cpu) == 2  # the step and the evaluation
+    assert "each step one CUDA-graph replay" in capsys.readouterr().out
+    assert toy(*settings, "--resume", out="captured") == 0
+    a, b = state_of("plain"), state_of("captured")
+    assert_same_tensors(a["step"], b["step"])
+    assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
+    for x, y in zip(*(RunLog(Path(out)).records("epoch") for out in ("plain", "captured")), strict=True):
+        assert [x[k] for k in ("step", "test_loss", "test_loss_ema")] == [
+            y[k] for k in ("step", "test_loss", "test_loss_ema")
+        ]
+    assert [r["graph"] for r in RunLog(Path("captured")).records("start")] == [True, True]
+
+
+def test_a_resident_run_equals_a_streamed_one(toy):
+    assert toy("--epochs", "1", out="ffcv") == 0
+    assert toy("--epochs", "1", "--set", "train.loader=resident", out="resident") == 0
+    assert_same_tensors(state_of("ffcv")["step"], state_of("resident")["step"])
+
+
+def test_a_resident_run_imports_ffcv_for_nothing_before_its_first_step():
+    code = "import sys, rsengine.train; assert not {'ffcv', 'numba', 'matplotlib', 'sklearn'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_compiling_changes_how_the_network_is_trained_and_nothing_that_is_saved(toy, capsys, monkeypatch):
+    compiled = []
+
+    def stand_in(model):  # Inductor takes a minute
+        compiled.append(model)
+        model.compile(backend="eager", dynamic=False)
+
+    assert toy("--epochs", "1", out="plain") == 0
+    assert "plain steps (CUDA graphs need a GPU)" in capsys.readouterr().out
+    monkeypatch.setattr(graph_module, "compile_forward", stand_in)
+    assert toy("--epochs", "1", "--compile", out="compiled") == 0
+    assert "plain steps (CUDA graphs need a GPU), forward and backward pass compiled" in capsys.readouterr().out
+    assert len(compiled) == 1 and RunLog(Path("compiled")).records("start")[0]["compiled"]
+    assert state_of("plain")["step"]["model"].keys() == state_of("compiled")["step"]["model"].keys()
+    counts = [RunLog(Path(out)).records("epoch")[0]["train_accuracy"] for out in ("plain", "compiled")]
+    assert counts[0] == pytest.approx(counts[1], abs=0.05)
 
 
 def test_metrics_are_plain_json(toy):
