@@ -64,6 +64,10 @@ class Display:
             + (f", EMA {ema:.2%}" if ema is not None else "")
             + f"; {record['images_per_second']:.0f} images/s, {duration(record['seconds'])} so far"
         )
+        self.line(line)
+
+    def line(self, line: str) -> None:
+        """Print ``line`` above the progress bar, if there is one."""
         self.spoken = time.perf_counter()
         if self.bar.disable:
             self.say(line)

@@ -105,7 +105,6 @@ def _announce(trainer: Trainer, dataset: Dataset, steps: str) -> None:
     recipe, execution = trainer.recipe, trainer.execution
     height, width = dataset.image_size
     say(f"data: {dataset.name}, {dataset.train_count:,} train and {dataset.test_count:,} test images, {height}x{width}")
-    say(f"model: {trainer.step.model.summary(dataset.image_size)}")
     say(f"compute: {execution.reason}; channels_last; {execution.threads} threads; {steps}")
     say(f"run: {recipe.name}, {recipe.train.epochs} epochs of {trainer.steps_per_epoch} steps, into {trainer.out}")
     if trainer.resumed:

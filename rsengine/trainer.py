@@ -148,6 +148,10 @@ class Trainer:
                 display.advance()
                 if self._first_step_pending:
                     self._record_start()
+                    # Counting the model takes seconds; nobody waits for it before the first step.
+                    aside = time.perf_counter()
+                    display.line(f"model: {self.step.model.summary(self.dataset.image_size)}")
+                    started += time.perf_counter() - aside
                 minutes = self.recipe.train.checkpoint_minutes
                 checkpoint_due = minutes > 0 and time.perf_counter() - saved > 60 * minutes
                 stopping = stop.signal != 0  # read once: a signal may come between any two lines
