@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from rsengine.augment.policies import CROP_MODES, INTERPOLATIONS, POLICIES, policy_of
 from rsengine.model import DEPTHS, DROP_PATH_RULES
 from rsengine.schedule import SCHEDULES
 
@@ -24,6 +25,7 @@ else:
 
 PRECISIONS = ("auto", "bf16", "fp32")
 LOADERS = ("ffcv", "resident")
+FILLS = ("zero", "mean")  # colours; the data set's mean becomes 0 once normalised
 
 
 class RecipeError(ValueError):
@@ -153,10 +155,21 @@ class AugmentSection:
     """What happens to training images, in this order: to each by itself in the data pipeline, on uint8 pixels; then to
     a batch in the step (:mod:`rsengine.mix`). With mixup and cutmix both on, each batch gets one of them at random."""
 
-    crop_padding: int = _number(4, 0, integer=True, help="pad by this many black pixels and crop back; 0: no crop")
+    crop_padding: int = _number(4, 0, integer=True, help="pad by this many pixels and crop back; 0: no crop")
+    crop_mode: str = _choice("zero", CROP_MODES, help="pad with black, or with the image mirrored at its border")
     flip: bool = _flag(True, help="mirror left to right with probability one half")
-    cutout_holes: int = _number(0, 0, integer=True, help="squares blanked with the mean colour; 0: no Cutout")
+    alternating_flip: bool = _flag(False, help="with flip: mirror each image in every other epoch, not at random")
+    policy: str = _choice("none", POLICIES, help="learned or random operations on colour and geometry")
+    policy_interpolation: str = _choice("nearest", INTERPOLATIONS, help="of the policy's geometric operations")
+    policy_fill: str = _choice("zero", FILLS, help="colour that the policy's geometric operations move in")
+    randaugment_ops: int = _number(2, 1, integer=True, help="randaugment: N, operations an image")
+    randaugment_magnitude: float = _number(9.0, 0.0, 30.0, help="randaugment: M, a bin of 31; if increasing, of 10")
+    randaugment_std: float = _number(0.0, 0.0, help="randaugment: standard deviation of the magnitude")
+    randaugment_increasing: bool = _flag(False, help="randaugment: timm's inc1 operations and ranges")
+    augmix_severity: int = _number(3, 1, 10, integer=True, help="augmix: largest magnitude, of 10")
+    cutout_holes: int = _number(0, 0, integer=True, help="squares blanked; 0: no Cutout")
     cutout_size: int = _number(8, 1, integer=True, help="side of the Cutout squares in pixels")
+    cutout_fill: str = _choice("mean", FILLS, help="colour of the Cutout squares")
     mixup_alpha: float = _number(0.0, 0.0, help="mixup with shares from Beta(alpha, alpha); 0: no mixup")
     cutmix_alpha: float = _number(0.0, 0.0, help="cutmix with shares from Beta(alpha, alpha); 0: no cutmix")
 
@@ -198,6 +211,12 @@ class Recipe:
             _checked(key, spec, value)
         if not self.model.blocks and self.model.depth not in DEPTHS:
             raise RecipeError(f"model.depth: expected one of {', '.join(map(str, DEPTHS))}; got {self.model.depth}")
+        if self.augment.alternating_flip and not self.augment.flip:
+            raise RecipeError("augment.alternating_flip: needs augment.flip=true; got false")
+        try:
+            policy_of(self.augment, (32, 32))
+        except ValueError as error:
+            raise RecipeError(f"augment.policy: {error}") from error
         train = self.train
         if train.batch_size % train.micro_batches or train.batch_size < 2 * train.micro_batches:
             raise RecipeError(
