@@ -3,12 +3,15 @@
 Imported as ``rsengine.kernels``. Knows torch only; importing it costs nothing else and asks no device anything.
 """
 
+from .augment import PolicyTables, augment_batch
 from .cross_entropy import label_smoothed_cross_entropy
 from .dispatch import explain
 from .ema import ema_update, sgd_ema_step
 from .squeeze_excite import squeeze_excite, squeeze_excite_residual
 
 __all__ = [
+    "PolicyTables",
+    "augment_batch",
     "ema_update",
     "explain",
     "label_smoothed_cross_entropy",

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-OPS = ("squeeze_excite", "squeeze_excite_residual", "label_smoothed_cross_entropy", "ema_update", "sgd_ema_step")
+OPS = ("augment_batch", "squeeze_excite", "squeeze_excite_residual", "label_smoothed_cross_entropy")
+OPS += ("ema_update", "sgd_ema_step")
 IMPLEMENTATIONS = ("auto", "triton", "eager")
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # uint8: pixels
 OLDEST_CAPABILITY = (8, 0)  # Ampere: the oldest GPU the kernels are compiled for in the tests
 
 _triton_assumed = contextvars.ContextVar("rsengine_triton_assumed", default=False)

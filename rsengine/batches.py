@@ -17,6 +17,7 @@ from rsengine.data import Dataset
 from rsengine.device import Execution
 from rsengine.feed import Batch, feeder_for
 from rsengine.graph import static_batch
+from rsengine.preprocess import Preprocess
 from rsengine.resident import load_resident, read_images
 
 
@@ -33,7 +34,7 @@ class StreamedBatches:
 
     resident = None  # the argument of TrainStep
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, execution: Execution) -> None:
+    def __init__(self, recipe: Recipe, dataset: Dataset, execution: Execution, preprocess: Preprocess) -> None:
         # Here, because importing FFCV and numba takes longer than a resident run needs to begin.
         from rsengine.loader import BetonLoader, training_augmentations
 
@@ -76,8 +77,8 @@ class ResidentBatches:
         ValueError: they do not fit there, or the images do not fill a batch, as load_resident says.
     """
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, execution: Execution) -> None:
-        self.resident = load_resident(dataset, recipe, execution)
+    def __init__(self, recipe: Recipe, dataset: Dataset, execution: Execution, preprocess: Preprocess) -> None:
+        self.resident = load_resident(dataset, recipe, execution, preprocess)
         self.steps_per_epoch = self.resident.steps_per_epoch
         self._test = [tensor.to(execution.device) for tensor in read_images(dataset.test_beton)]
         self._eval_batch_size = recipe.train.eval_batch_size
@@ -92,7 +93,12 @@ class ResidentBatches:
         return zip(*(tensor.split(self._eval_batch_size) for tensor in self._test), strict=True)
 
 
-def open_batches(recipe: Recipe, dataset: Dataset, execution: Execution) -> StreamedBatches | ResidentBatches:
-    """The batches of a run of ``recipe``. Raises what its kind does."""
+def open_batches(
+    recipe: Recipe, dataset: Dataset, execution: Execution, preprocess: Preprocess
+) -> StreamedBatches | ResidentBatches:
+    """The batches of a run of ``recipe``. Streamed ones are pixels; resident ones may be normalised by ``preprocess``.
+
+    Raises what its kind does.
+    """
     kind = ResidentBatches if recipe.train.loader == "resident" else StreamedBatches
-    return kind(recipe, dataset, execution)
+    return kind(recipe, dataset, execution, preprocess)

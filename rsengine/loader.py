@@ -7,6 +7,7 @@ the caller's own, the thread is always joined, and its death is an error.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsengine.augment import Cutout, HorizontalFlip, RandomCrop, SeededOperation
+from rsengine.augment import AlternatingFlip, Cutout, HorizontalFlip, PolicyOperation, RandomCrop, SeededOperation
+from rsengine.augment.policies import policy_of
 from rsengine.batches import LoaderError
 from rsengine.config import AugmentSection
 from rsengine.device import preserved_threads
@@ -30,14 +32,18 @@ with preserved_threads():
 
 
 def training_augmentations(augment: AugmentSection, mean: Sequence[float], seed: int) -> list[SeededOperation]:
-    """The FFCV operations a recipe asks for, in order. ``mean``: of the data set, 0 to 1, the fill of Cutout."""
+    """The FFCV operations a recipe asks for, in order. ``mean``: of the data set, 0 to 1, a colour to fill with."""
+    colours = {"zero": (0, 0, 0), "mean": [round(255 * channel) for channel in mean]}
     operations: list[SeededOperation] = []
     if augment.crop_padding:
-        operations.append(RandomCrop(augment.crop_padding, seed=seed))
+        operations.append(RandomCrop(augment.crop_padding, augment.crop_mode, seed=seed))
     if augment.flip:
-        operations.append(HorizontalFlip(seed=seed))
+        operations.append(AlternatingFlip(seed) if augment.alternating_flip else HorizontalFlip(seed))
+    if augment.policy != "none":
+        make = functools.partial(policy_of, augment)
+        operations.append(PolicyOperation(make, augment.policy_interpolation, colours[augment.policy_fill], seed))
     if augment.cutout_holes:
-        fill = [round(255 * channel) for channel in mean]
+        fill = colours[augment.cutout_fill]
         operations.append(Cutout(augment.cutout_holes, augment.cutout_size, fill, seed=seed))
     return operations
 

@@ -204,7 +204,12 @@ def confusion(matrix: np.ndarray, path: Path, *, classes: Sequence[str], title: 
 
 
 def image_grid(
-    rows: Sequence[tuple[str, np.ndarray]], path: Path, *, titles: Sequence[str] | None = None, title: str
+    rows: Sequence[tuple[str, np.ndarray]],
+    path: Path,
+    *,
+    titles: Sequence[str] | None = None,
+    captions: Sequence[Sequence[str]] | None = None,
+    title: str,
 ) -> None:
     """Draw rows of images, each with its label on the left, e.g. originals above their augmented versions.
 
@@ -215,10 +220,12 @@ def image_grid(
         rows: (label, images) pairs; images is uint8 (N, H, W, 3), RGB, N and H and W >= 1 and equal in all rows.
         path: the PNG to write, at most about 1400 pixels wide.
         titles: N texts above the columns, e.g. class names, or None.
+        captions: N texts a row, of one line or several, below the images, e.g. what was done to each; or None.
         title: printed above.
 
     Raises:
-        ValueError: no rows, an array of another shape or dtype, rows that differ in shape, or not N titles.
+        ValueError: no rows, an array of another shape or dtype, rows that differ in shape, or not N titles, or captions
+            that are not N a row.
     """
     if not rows:
         raise ValueError("rows: expected at least one row of images, got none")
@@ -231,6 +238,8 @@ def image_grid(
     number, height, width = shape[:3]
     if titles is not None and len(titles) != number:
         raise ValueError(f"titles: expected {number}, one a column, got {len(titles)}")
+    if captions is not None and [len(texts) for texts in captions] != [number] * len(rows):
+        raise ValueError(f"captions: expected {len(rows)} rows of {number}, got {[len(texts) for texts in captions]}")
 
     # The layout is counted in pixels and the images are placed unscaled: axes would resample them.
     edge, gap = 24, 8
@@ -243,8 +252,10 @@ def image_grid(
     cells = [images[:, ::thin, ::thin].repeat(grow, axis=1).repeat(grow, axis=2) for _, images in rows]
     cell_h, cell_w = cells[0].shape[1:3]
     top = edge + 62 + (34 if titles is not None else 0)
+    lines = max((text.count("\n") + 1 for texts in captions or () for text in texts), default=0)
+    pitch = cell_h + gap + 14 * lines
     page_w = max(left + number * (cell_w + gap) - gap + edge, 480)
-    page_h = top + len(rows) * (cell_h + gap) - gap + edge
+    page_h = top + len(rows) * pitch - gap + edge
 
     with _figure(page_w, page_h) as figure:
 
@@ -255,11 +266,15 @@ def image_grid(
         size = _fitting(words, page_w - 2 * edge, largest=13, bold=True)
         text(page_w / 2, edge + 18, words, ha="center", va="center", fontweight="bold", fontsize=size)
         for row, (label, images) in enumerate(zip(labels, cells, strict=True)):
-            y = top + row * (cell_h + gap)
+            y = top + row * pitch
             text(left - 14, y + cell_h / 2, label, ha="right", va="center", linespacing=1.25)
             for column, image in enumerate(images):
                 x = left + column * (cell_w + gap)
                 figure.figimage(image, x, page_h - y - cell_h, origin="upper")
+                if captions is not None:
+                    below = [_short(line, 30) for line in captions[row][column].split("\n")]
+                    size = min(_fitting(line, cell_w + gap - 2, largest=7) for line in below)
+                    text(x, y + cell_h + 2, "\n".join(below), ha="left", va="top", fontsize=size, linespacing=1.1)
         if titles is not None:
             # One size for all of them, the one at which the longest fits.
             above = [_short(words, 24) for words in titles]

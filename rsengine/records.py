@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from rsengine import plots, runlog
 from rsengine.data import Dataset
-from rsengine.data.reader import BetonReader
 from rsengine.report import write_report
+from rsengine.showcase import draw_augmented
 from rsengine.trainer import Trainer
-
-_IMAGES = 10
-_DRAWS = 3
 
 
 def write_records(trainer: Trainer) -> None:
@@ -21,7 +16,8 @@ def write_records(trainer: Trainer) -> None:
     epochs, intervals = log.records(runlog.EPOCH), log.records(runlog.INTERVAL)
     title = f"{recipe.name} on {dataset.name}"
     plots.curves(epochs, intervals, out / "curves.png", title=title)
-    _draw_augmented(trainer, title)
+    seed = recipe.train.seed
+    draw_augmented(dataset, recipe.augment, out / "augmented.png", title=f"{title}: augmentation", seed=seed)
     if not trainer.result and epochs:
         trainer.evaluate()  # this process resumed a run and evaluated nothing itself
     weights = "ema" if "ema" in trainer.result else "raw"
@@ -55,22 +51,3 @@ def _dataset_line(dataset: Dataset) -> str:
         f"{dataset.name} ({dataset.source}), {dataset.train_count:,} training and {dataset.test_count:,} test images "
         f"of {height}×{width} pixels in {len(dataset.classes)} classes"
     )
-
-
-def _draw_augmented(trainer: Trainer, title: str) -> None:
-    """Originals above what the training pipeline makes of them in the first epochs."""
-    from rsengine.loader import training_augmentations  # imports FFCV, which a resident run starts without
-
-    reader = BetonReader(trainer.dataset.train_beton)
-    indices = np.linspace(0, len(reader) - 1, min(_IMAGES, len(reader)), dtype=np.int64)
-    originals = np.stack([reader.image(int(i)) for i in indices])
-    rows = [("original", originals)]
-    operations = training_augmentations(trainer.recipe.augment, trainer.dataset.mean, trainer.recipe.train.seed)
-    for epoch in range(_DRAWS):
-        images = originals.copy()
-        for operation in operations:
-            operation.epoch = epoch
-            images = operation.apply(images, None, indices)
-        rows.append((f"epoch {epoch + 1}", images))
-    names = [trainer.dataset.classes[label] for label in reader.labels[indices]]
-    plots.image_grid(rows, trainer.out / "augmented.png", titles=names, title=f"{title}: augmentation")

@@ -26,6 +26,7 @@ from rsengine.config import AugmentSection, Recipe
 from rsengine.data import Dataset
 from rsengine.data.reader import MODE_RAW, BetonReader
 from rsengine.device import Execution
+from rsengine.preprocess import Preprocess
 
 ORDER_LIMIT = 2**29  # bytes of the table of orders: 2,684 epochs of CIFAR's 50,000 images
 
@@ -39,10 +40,13 @@ class ResidentData:
         batch_size: images a step.
         augment: what happens to an image, as in the FFCV stream.
         mean: of the data set, 0 to 1, the fill of Cutout.
+        preprocess: normalise in the same pass as the augmentation; ``None`` gives pixels.
+        dtype: of normalised images.
         seed: of order and augmentation.
         epochs, steps_per_epoch: length of the run; the counter stays below their product.
 
     Attributes:
+        prepared: whether images come normalised.
         orders: (epochs * steps_per_epoch, batch_size) int32, the images of every step.
 
     Raises:
@@ -60,6 +64,8 @@ class ResidentData:
         seed: int,
         epochs: int,
         steps_per_epoch: int,
+        preprocess: Preprocess | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if images.dim() != 4 or images.shape[-1] != 3 or images.dtype != torch.uint8:
             raise ValueError(f"images: expected (M, H, W, 3) uint8; got {tuple(images.shape)} {images.dtype}")
@@ -72,29 +78,29 @@ class ResidentData:
         self.images, self.labels, self.steps_per_epoch = images, labels, steps_per_epoch
         orders = step_orders(seed, count, batch_size, epochs, steps_per_epoch)
         self.orders = torch.from_numpy(orders).to(images.device)
+        self.prepared = preprocess is not None
         self.augment = DeviceAugment(
-            (height, width),
-            crop_padding=augment.crop_padding,
-            flip=augment.flip,
-            cutout_holes=augment.cutout_holes,
-            cutout_size=augment.cutout_size,
-            fill=[round(255 * channel) for channel in mean],
-            seed=seed,
-            device=images.device,
+            augment, (height, width), mean, seed=seed, device=images.device, preprocess=preprocess, dtype=dtype
         )
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, Tensor]:
-        """``counter``: () int64, the steps done. Returns (N, H, W, 3) uint8 images and (N,) int64 labels, new tensors.
+        """``counter``: () int64, the steps done. Returns images and (N,) int64 labels, new tensors.
+
+        Images are (N, H, W, 3) uint8, or with ``preprocess`` normalised (N, 3, H, W) in channels_last memory format.
 
         Nothing here reads a tensor's value on the host, and every index is a tensor on the device.
         """
         chosen = self.orders.index_select(0, counter.view(1)).view(-1).long()
-        images, labels = self.images.index_select(0, chosen), self.labels.index_select(0, chosen)
-        return self.augment(images, chosen, counter // self.steps_per_epoch), labels
+        images = self.augment(self.images, chosen, counter // self.steps_per_epoch)
+        return images, self.labels.index_select(0, chosen)
 
 
-def load_resident(dataset: Dataset, recipe: Recipe, execution: Execution) -> ResidentData:
+def load_resident(
+    dataset: Dataset, recipe: Recipe, execution: Execution, preprocess: Preprocess | None = None
+) -> ResidentData:
     """Put the training set of ``dataset`` on the device of ``execution``, ready for a run of ``recipe``.
+
+    With ``preprocess`` images come normalised, in the precision of ``execution``, unless the recipe mixes pixels first.
 
     Raises:
         ValueError: the images differ in size, do not fill a batch, or do not fit in the free memory of the device. All
@@ -123,6 +129,8 @@ def load_resident(dataset: Dataset, recipe: Recipe, execution: Execution) -> Res
         seed=train.seed,
         epochs=train.epochs,
         steps_per_epoch=steps,
+        preprocess=None if recipe.augment.mixup_alpha or recipe.augment.cutmix_alpha else preprocess,
+        dtype=execution.autocast_dtype or torch.float32,
     )
 
 

@@ -41,6 +41,7 @@ class TrainStep:
 
     Args:
         resident: gives the batch of a step from the () int64 counter, on the device; ``step()`` then takes nothing.
+            Where it has a true attribute ``prepared``, its images are the model's input, normalised already.
         keep_gradients: keep the same gradient tensors from step to step, zeroed in each, so that their addresses last
             (a captured graph and the fused update's table of addresses need that), and keep no autocast copies of
             weights. Otherwise each backward pass allocates its own.
@@ -65,6 +66,7 @@ class TrainStep:
         device = execution.device
         self.model = model.to(device, memory_format=torch.channels_last).train()
         self.preprocess, self.execution, self.resident = preprocess, execution, resident
+        self.prepared = getattr(resident, "prepared", False)
         self.keep_gradients, self.micro_batches = keep_gradients, recipe.train.micro_batches
         self.label_smoothing = recipe.train.label_smoothing
         self.momentum, self.nesterov = recipe.optimizer.momentum, recipe.optimizer.nesterov
@@ -122,7 +124,7 @@ class TrainStep:
     def _accumulate(self, images: Tensor, labels: Tensor, others: Tensor, share: Tensor | None) -> None:
         """Add one part's gradient and metrics."""
         with self.execution.autocast(cache=not self.keep_gradients):
-            logits = self.model(self.preprocess(images))
+            logits = self.model(images if self.prepared else self.preprocess(images))
         target = labels if share is None else soft_targets(labels, others, share, logits.shape[1])
         loss, correct = label_smoothed_cross_entropy(logits, target, self.label_smoothing)
         loss.backward(self.part)

@@ -70,9 +70,9 @@ class Trainer:
         self.recipe, self.dataset, self.execution, self.out, self.say = recipe, dataset, execution, out, say
         self.graph, self.compile = uses_graph(execution, graph), compile
         torch.manual_seed(recipe.train.seed)
-        self.batches = open_batches(recipe, dataset, execution)
-        self.steps_per_epoch = self.batches.steps_per_epoch
         preprocess = Preprocess(dataset.mean, dataset.std, execution.device)
+        self.batches = open_batches(recipe, dataset, execution, preprocess)
+        self.steps_per_epoch = self.batches.steps_per_epoch
         classes = len(dataset.classes)
         self.step = TrainStep(
             build_model(recipe, classes),

@@ -17,9 +17,9 @@ LAYERS = [
     {"loader", "resident", "feed", "batches", "step", "graph"}
     | {"capture_check", "findings", "trace", "fake_device", "launches"}
     | {"checkpoint", "runlog", "plots", "weights", "evaluate"},
-    {"report", "trainer"},
+    {"report", "trainer", "showcase"},
     {"records"},
-    {"train", "predict", "study", "gpu_check"},
+    {"train", "predict", "study", "gpu_check", "augment.__main__"},
 ]
 
 
@@ -50,7 +50,7 @@ def modules():
         if path.stem != "__init__":
             yield path.stem, path
     for path in sorted((ROOT / "rsengine" / "augment").glob("*.py")):
-        yield "augment", path
+        yield ("augment.__main__" if path.stem == "__main__" else "augment"), path
 
 
 @pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda value: getattr(value, "name", value))

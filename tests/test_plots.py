@@ -185,6 +185,21 @@ def test_image_grid_thins_large_images(tmp_path):
     assert 1000 <= _pixels(tmp_path / "a.png").shape[1] <= 1400
 
 
+def test_image_grid_writes_captions_below_their_images(tmp_path):
+    images = np.full((2, 32, 32, 3), 255, np.uint8)  # white as the page: what is dark is text
+    rows = [("", images), ("", images)]
+    plots.image_grid(rows, tmp_path / "plain.png", title="t")
+    captions = [["", ""], ["rotate 9\ncolor -0.5", ""]]
+    plots.image_grid(rows, tmp_path / "captions.png", captions=captions, title="t")
+    plain, with_captions = _pixels(tmp_path / "plain.png"), _pixels(tmp_path / "captions.png")
+    assert with_captions.shape[0] - plain.shape[0] == 2 * 2 * 14  # two lines under each row
+    lower_left = with_captions[with_captions.shape[0] // 2 :, : with_captions.shape[1] // 2]
+    lower_right = with_captions[with_captions.shape[0] // 2 :, with_captions.shape[1] // 2 :]
+    assert lower_left[..., :3].min() < 128 and lower_right[..., :3].min() > 200
+    with pytest.raises(ValueError, match="captions: expected 2 rows of 2"):
+        plots.image_grid(rows, tmp_path / "captions.png", captions=[["a"], ["b"]], title="t")
+
+
 @pytest.mark.parametrize(
     ("rows", "titles", "match"),
     [

@@ -1,5 +1,6 @@
 """Resident data: the batches of the FFCV stream, byte for byte, from the step counter alone."""
 
+import contextlib
 import os
 import signal
 from dataclasses import replace
@@ -18,6 +19,8 @@ from rsengine.config import AugmentSection, Recipe
 from rsengine.data import convert
 from rsengine.data.reader import BetonReader
 from rsengine.device import Execution
+from rsengine.kernels import PolicyTables
+from rsengine.kernels.dispatch import assume_triton
 from rsengine.loader import BetonLoader, training_augmentations
 from rsengine.resident import ResidentData, load_resident, read_images, step_orders
 from tests.conftest import draw_classes
@@ -154,9 +157,11 @@ def test_every_step_is_the_same_operations_on_the_same_shapes():
     assert not names & {"_local_scalar_dense", "item", "nonzero", "lift_fresh", "scalar_tensor", "is_nonzero"}, names
 
 
-def test_it_runs_on_a_device_that_has_no_values_and_stays_on_it():
+@pytest.mark.parametrize("policy", ["none", "autoaugment", "augmix"])
+@pytest.mark.parametrize("fused", [False, True], ids=["eager", "triton"])
+def test_it_runs_on_a_device_that_has_no_values_and_stays_on_it(policy, fused):
     """Fake tensors of a CUDA device raise for a value that is asked for and for operands on two devices."""
-    wanted = small()
+    wanted = small(augment=replace(AUGMENT, policy=policy, policy_interpolation="bilinear"))
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         device = torch.device("cuda")
 
@@ -164,11 +169,10 @@ def test_it_runs_on_a_device_that_has_no_values_and_stays_on_it():
             return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
         wanted.images, wanted.labels, wanted.orders = (move(t) for t in (wanted.images, wanted.labels, wanted.orders))
-        draws = wanted.augment.draws
-        for name in ("streams", "counters", "bounds", "state"):
-            setattr(draws, name, move(getattr(draws, name)))
-        wanted.augment.fill = move(wanted.augment.fill)
-        images, labels = wanted(torch.zeros((), dtype=torch.int64, device=device))
+        if policy != "none":
+            wanted.augment.policy = PolicyTables(*map(move, wanted.augment.policy))
+        with assume_triton() if fused else contextlib.nullcontext():
+            images, labels = wanted(torch.zeros((), dtype=torch.int64, device=device))
         assert images.shape == (8, 9, 7, 3) and labels.shape == (8,)
         assert images.device.type == labels.device.type == "cuda" and mode is not None
 

@@ -1,9 +1,33 @@
 """Augmentations of uint8 images, as FFCV operations and as device functions that give the same bytes.
 
-The FFCV operations go after the decoder and before ``ToTensor``. :class:`DeviceAugment` works on a batch of tensors.
+The FFCV operations go after the decoder and before ``ToTensor``, in any ``ffcv.loader.Loader``, for RGB images of one
+size::
 
-Each draws from a counter-based generator keyed by (seed, epoch, index of the image), so that an image's augmentation
-does not depend on the batch, the worker or the order it comes in, and a run can be stopped and resumed anywhere.
+    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import ToTensor
+    from rsengine.augment import AutoAugment, Cutout, HorizontalFlip, RandomCrop
+
+    augmentations = [RandomCrop(4), HorizontalFlip(), AutoAugment("cifar10"), Cutout(holes=4, size=4)]
+    loader = Loader(
+        "train.beton",
+        batch_size=128,
+        num_workers=2,
+        order=OrderOption.RANDOM,
+        pipelines={
+            "image": [SimpleRGBImageDecoder(), *augmentations, ToTensor()],
+            "label": [IntDecoder(), ToTensor()],
+        },
+    )
+    for epoch in range(10):
+        for operation in augmentations:
+            operation.epoch = epoch  # new random numbers; with the same epoch an image is augmented the same way
+        for images, labels in loader:
+            ...
+
+:class:`DeviceAugment` works on tensors, on any device. Each draws from a counter-based generator keyed by (seed, epoch,
+index of the image), so that an image's augmentation does not depend on the batch, the worker or the order it comes in,
+and a run can be stopped and resumed anywhere.
 
 The operations are imported when first asked for: FFCV takes seconds to import, and the device functions do not need it.
 """
@@ -15,9 +39,32 @@ from typing import TYPE_CHECKING, Any
 from rsengine.augment.device import DeviceAugment
 
 if TYPE_CHECKING:
-    from rsengine.augment.operations import Cutout, HorizontalFlip, RandomCrop, SeededOperation
+    from rsengine.augment.operations import (
+        AlternatingFlip,
+        AugMix,
+        AutoAugment,
+        Cutout,
+        HorizontalFlip,
+        PolicyOperation,
+        RandAugment,
+        RandomCrop,
+        SeededOperation,
+        TrivialAugmentWide,
+    )
 
-__all__ = ["Cutout", "DeviceAugment", "HorizontalFlip", "RandomCrop", "SeededOperation"]
+__all__ = [
+    "AlternatingFlip",
+    "AugMix",
+    "AutoAugment",
+    "Cutout",
+    "DeviceAugment",
+    "HorizontalFlip",
+    "PolicyOperation",
+    "RandAugment",
+    "RandomCrop",
+    "SeededOperation",
+    "TrivialAugmentWide",
+]
 
 
 def __getattr__(name: str) -> Any:

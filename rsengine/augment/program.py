@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from rsengine.augment.policies import Choice, Policy
+from rsengine.kernels.augment_eager import AFFINE, AUTOCONTRAST, COLOR, CONTRAST, EQUALIZE, IDENTITY, LOOKUP, SHARPNESS
 
-# What a setting makes of an image. The operations that map each value by itself share one kind.
-IDENTITY, LOOKUP, AFFINE, COLOR, CONTRAST, SHARPNESS, AUTOCONTRAST, EQUALIZE = range(8)
 _KINDS = {
     "identity": IDENTITY,
     "color": COLOR,
@@ -45,7 +44,7 @@ class Program:
 
     Attributes:
         size: (height, width) of the images that the tables are for.
-        kinds: (S,) int32, one of the constants above.
+        kinds: (S,) int32, one of the constants of rsengine.kernels.augment_eager.
         factors: (S,) float32, COLOR, CONTRAST, SHARPNESS: PIL's enhancement factor.
         lookups: (S,) int32, LOOKUP: a row of ``tables``.
         tables: (L, 256) uint8.
@@ -178,7 +177,7 @@ def _rotation(degrees: float, size: tuple[int, int]) -> tuple[float, ...]:
 def _fixed_point(matrix: tuple[float, ...]) -> np.ndarray:
     """PIL's 16.16 fixed-point form of an affine map, from output pixel (x, y) to source pixel, nearest."""
     a, b, c, d, e, f = matrix
-    if b == d == 0:  # PIL moves whole pixels here, and rounds the shift down
+    if (a, b, d, e) == (1, 0, 0, 1):  # PIL moves whole pixels here, and rounds the shift down
         return np.array([65536, 0, math.floor(c + 0.5) * 65536, 0, 65536, math.floor(f + 0.5) * 65536], np.int32)
     numbers = (a, b, c + a * 0.5 + b * 0.5, d, e, f + d * 0.5 + e * 0.5)
     return np.array([math.floor(number * 65536.0 + 0.5) for number in numbers], np.int32)

@@ -1,0 +1,51 @@
+"""``python -m rsengine.augment``: see what a policy does to images, before any training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rsengine.augment.policies import POLICIES
+from rsengine.config import Recipe, RecipeError
+from rsengine.data import DataError, find_dataset
+from rsengine.showcase import draw_augmented
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit status: 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m rsengine.augment", description=__doc__)
+    parser.add_argument("--policy", choices=POLICIES, default="autoaugment")
+    parser.add_argument("--out", required=True, help="the PNG to write")
+    parser.add_argument("--data", help="converted folder, source or digits; default: as rsengine.train finds it")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="another augment setting: cutout_holes=4"
+    )
+    parser.add_argument("--images", type=int, default=10, help="columns (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=4, help="augmented versions of each (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    try:
+        if min(arguments.images, arguments.rows) < 1 or arguments.seed < 0:
+            raise ValueError("--images and --rows: expected at least 1, and --seed at least 0")
+        settings = [f"augment.{setting}" for setting in arguments.set]
+        augment = Recipe().with_settings([f"augment.policy={arguments.policy}", *settings]).augment
+        dataset = find_dataset(arguments.data, fallback_digits=arguments.data is None, log=print)
+        draw_augmented(
+            dataset,
+            augment,
+            Path(arguments.out),
+            title=f"{dataset.name}: {augment.policy}",
+            seed=arguments.seed,
+            images=arguments.images,
+            epochs=arguments.rows,
+        )
+    except (RecipeError, DataError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
