@@ -19,7 +19,7 @@ from .interpreter import traffic
 from .jit.case import CompileCase
 from .offline import TARGETS, CompiledCase, MachineCode, case_violations, compile_case, tool_output
 
-OPS = ("squeeze_excite", "cross_entropy", "ema")
+OPS = ("squeeze_excite", "cross_entropy", "ema", "augment")
 OUT = Path("docs/compile_report.md")
 LAUNCH_SECONDS = 5e-6  # about what one launch costs: below it the bandwidth is not what bounds
 

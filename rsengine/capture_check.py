@@ -116,11 +116,13 @@ def build_step(
     images = max(TRAIN_IMAGES, train.batch_size)
     steps_per_epoch = images // train.batch_size
     inputs, resident = static_batch(train.batch_size, image_size, device), None
+    preprocess = Preprocess(mean, std, device)
     if train.loader == "resident":
         data = static_batch(images, image_size, device)
         lengths = {"seed": train.seed, "epochs": train.epochs, "steps_per_epoch": steps_per_epoch}
-        inputs, resident = (), ResidentData(*data, train.batch_size, recipe.augment, mean, **lengths)
-    preprocess = Preprocess(mean, std, device)
+        mixes = recipe.augment.mixup_alpha or recipe.augment.cutmix_alpha
+        normalise = {"preprocess": None if mixes else preprocess, "dtype": execution.autocast_dtype or torch.float32}
+        inputs, resident = (), ResidentData(*data, train.batch_size, recipe.augment, mean, **lengths, **normalise)
     step = kind(model, recipe, preprocess, execution, steps_per_epoch, resident=resident, keep_gradients=True)
     return step, inputs
 

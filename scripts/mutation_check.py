@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SE, CE, EMA, TABLE = (
     f"kernels/jit/{name}.py" for name in ("squeeze_excite_kernels", "cross_entropy_kernels", "ema", "ema_table")
 )
+AUGMENT = "kernels/jit/augment_kernels.py"
+AUGMENT_TESTS = "tests/kernels/jit/test_augment.py"
 SE_TESTS, CE_TESTS, EMA_TESTS = (
     f"tests/kernels/jit/test_{name}.py" for name in ("squeeze_excite", "cross_entropy", "ema")
 )
@@ -26,6 +28,30 @@ COMPILE_TESTS = "tests/kernels/test_compile.py"
 
 # (what is wrong, file, the code as it is, the faulty code, the tests that must notice)
 FAULTS = [
+    (
+        "flip draws anew where it alternates",
+        AUGMENT,
+        "tl.full((), 0, tl.uint32), _FLIP",
+        "period, _FLIP",
+        AUGMENT_TESTS,
+    ),
+    (
+        "equalize counts the padding",
+        AUGMENT,
+        "tl.histogram(value, 256, mask=mask)",
+        "tl.histogram(value, 256)",
+        AUGMENT_TESTS,
+    ),
+    ("Cutout's second hole is its first", AUGMENT, "w0, w1 = w2, w3", "w0, w1 = w0, w1", AUGMENT_TESTS),
+    ("contrast's mean is not rounded", AUGMENT, "0) + PIXELS) // (2 * PIXELS)", "0)) // (2 * PIXELS)", AUGMENT_TESTS),
+    (
+        "sharpness touches the border",
+        AUGMENT,
+        "(x > 0) & (x < WIDTH - 1) & (y > 0)",
+        "(x < WIDTH - 1) & (y > 0)",
+        AUGMENT_TESTS,
+    ),
+    ("bilinear reads a row too low", AUGMENT, "+ 1 < HEIGHT, top", "< HEIGHT, top", AUGMENT_TESTS),
     ("mean is a sum", SE, "tl.sum(x.to(tl.float32), axis=1) / PIXELS", "tl.sum(x.to(tl.float32), axis=1)", SE_TESTS),
     (
         "mask lets the pixels of the next sample in",

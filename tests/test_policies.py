@@ -17,6 +17,11 @@ def our_name(name):
     return NAMES.get(name.lower(), name.lower())
 
 
+def close(values):
+    """To float32's last bit: processors without fused multiply-add round PyTorch's linspace otherwise."""
+    return pytest.approx(values, rel=2e-7)
+
+
 def our_magnitudes(name, magnitudes):
     values = magnitudes.tolist() if magnitudes.ndim else [0.0]
     return [int(v) for v in values] if name.startswith("Translate") else values  # whole pixels where they are applied
@@ -32,7 +37,8 @@ def test_autoaugment_is_torchvisions(name):
         for (choice,), (operation, probability, level) in zip(group, sub_policy, strict=True):
             magnitudes, signed = space[operation]
             expected = our_magnitudes(operation, magnitudes)[level or 0]
-            assert choice == policies.Choice(our_name(operation), (expected,), probability)
+            assert (choice.operation, choice.probability) == (our_name(operation), probability)
+            assert choice.magnitudes == (close(expected),)
             assert choice.signed == signed
 
 
@@ -42,7 +48,7 @@ def assert_same_space(policy, space, keep=slice(None)):
         for choice in slot:
             (name,) = [name for name in space if our_name(name) == choice.operation]
             magnitudes, signed = space[name]
-            assert list(choice.magnitudes) == our_magnitudes(name, magnitudes)[keep]
+            assert list(choice.magnitudes) == close(our_magnitudes(name, magnitudes)[keep])
             assert choice.signed == signed and choice.probability == 1
 
 
@@ -54,7 +60,7 @@ def test_randaugment_is_torchvisions(magnitude):
     for choice in policy.groups[0][0]:
         (name,) = [name for name in space if our_name(name) == choice.operation]
         magnitudes = our_magnitudes(name, space[name][0])
-        assert choice.magnitudes == (magnitudes[magnitude if len(magnitudes) > 1 else 0],)
+        assert choice.magnitudes == (close(magnitudes[magnitude if len(magnitudes) > 1 else 0]),)
     assert {c.operation for c in policy.groups[0][0]} == {our_name(name) for name in space}
 
 

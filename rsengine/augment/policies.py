@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
+import numpy as np
 
 POLICIES = (  # as recipes name them
     "none",
@@ -72,7 +72,12 @@ _PLAIN = {"identity": (0.0,), "autocontrast": (0.0,), "equalize": (0.0,)}
 
 
 def _line(start: float, stop: float, bins: int) -> tuple[float, ...]:
-    return tuple(torch.linspace(start, stop, bins).tolist())  # float32, as torchvision has it: thresholds hang on it
+    """``torch.linspace`` in float32, on whose last bits thresholds hang: a float32 step, taken from either end towards
+    the middle in one rounding."""
+    step = float(np.float32(stop - start) / np.float32(bins - 1))
+    ends = float(np.float32(start)), float(np.float32(stop))
+    values = (ends[0] + step * i if i < bins // 2 else ends[1] - step * (bins - 1 - i) for i in range(bins))
+    return tuple(float(np.float32(value)) for value in values)
 
 
 def _bits(lost: int, bins: int, most: int = 8) -> tuple[float, ...]:

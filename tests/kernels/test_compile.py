@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from collections import Counter
@@ -21,6 +22,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from rsengine.kernels import compile_report, interpreter, offline
+from rsengine.kernels.jit import augment
 from rsengine.kernels.jit.case import Budget, CompileCase, Stream
 
 CASES = {case.name: case for cases in compile_report.all_cases().values() for case in cases}
@@ -46,6 +48,17 @@ def test_compiles_for_amd_without_spills(name):
     assert not offline.case_violations(CASES[name], "gfx942", result)
     for launch in result.launches:
         assert compile_report.programs_at_once("gfx942", launch.code) >= 1, f"{launch.kernel_name} cannot be launched"
+
+
+@pytest.mark.parametrize("case", augment.compile_cases(), ids=lambda case: case.name)
+def test_augmentation_rounds_products_and_sums_by_themselves(case):
+    """As Pillow does: a fused multiply-add would move a pixel by a level now and then."""
+    with offline.compiling_for("sm_90") as launches:
+        case.launch(case.size)
+    ptx = launches[0].kernel.asm["ptx"]
+    assert not re.findall(r"fma\.rn\S*", ptx)
+    if "AutoAugment" in case.name:
+        assert "mul.rn.f32" in ptx and "mul.rn.f64" in ptx and "div.rn.f64" in ptx
 
 
 def test_case_names_are_distinct():
