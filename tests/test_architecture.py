@@ -17,7 +17,7 @@ LAYERS = [
     {"loader", "resident", "feed", "batches", "step", "graph"}
     | {"capture_check", "findings", "trace", "fake_device", "launches"}
     | {"checkpoint", "runlog", "plots", "weights", "evaluate"},
-    {"report", "trainer", "showcase"},
+    {"report", "trainer", "showcase", "gpu_step_check"},
     {"records"},
     {"train", "predict", "study", "gpu_check", "augment.__main__"},
 ]

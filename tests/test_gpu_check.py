@@ -42,8 +42,28 @@ RESULTS = {
             }
         ]
     },
+    "step": {
+        "equality": {
+            "steps": 200,
+            "loss_difference": 0.0,
+            "weight_difference": 2e-6,
+            "bf16_loss_difference": 0.001,
+            "learned": True,
+            "equal": True,
+        },
+        "random_numbers": {"masks_differ": True, "batches_differ": True, "batches_are_the_plain_ones": True},
+        "overlap": {"steps": 24, "overlap": 0.93},
+        "throughput": [
+            {"way": "plain", "images_per_second": 4000.0, "host_ms": 30.1, "idle_share": 0.4},
+            {"way": "captured", "images_per_second": 12000.0, "host_ms": 0.05, "idle_share": 0.02},
+            {"way": "captured + compiled", "error": "left out: the time for this part was over"},
+        ],
+        "seconds": 90,
+    },
     "seconds": 300,
 }
+STEP = RESULTS["step"]
+STEP_WELL = STEP | {"throughput": STEP["throughput"][:2]}
 
 
 def test_the_tables():
@@ -56,16 +76,38 @@ def test_the_tables():
     assert (
         "| `test_sgd_ema_step[triton]` | 400.0 | 200 | 2357.5 | 0.789 | eager 2.1, foreach_sgd_and_ema 3.3 |" in lines
     )
+    assert "| captured | 12,000 | 0.05 | 2.0% |" in lines
+    assert "| captured + compiled | | | left out: the time for this part was over |" in lines
+    assert any("a loss 0 (tolerance 0.001)" in line and "buffer 2e-06 (tolerance 0.01)" in line for line in lines)
+    assert "- 93% of the copies' time lies under kernels" in lines
     for first, row in zip(lines, lines[1:], strict=False):  # every row of a table has the columns of the one above
         if first.startswith("|") and row.startswith("|"):
             assert first.count("|") == row.count("|"), row
 
 
 def test_what_counts_as_well():
-    well = RESULTS | {"cases": RESULTS["cases"][:1], "tests": RESULTS["tests"] | {"failures": []}}
+    well = RESULTS | {"cases": RESULTS["cases"][:1], "tests": RESULTS["tests"] | {"failures": []}, "step": STEP_WELL}
     assert gpu_check.all_well(well)
     assert not gpu_check.all_well(RESULTS)
     assert not gpu_check.all_well(well | {"benchmarks": {"rows": [], "error": "not finished"}})
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("equality", {"equal": False}),
+        ("equality", {"learned": False}),
+        ("random_numbers", {"masks_differ": False}),
+        ("random_numbers", {"batches_are_the_plain_ones": False}),
+        ("overlap", {"error": "RuntimeError: no"}),
+        ("equality", {"error": "RuntimeError: no"}),
+    ],
+)
+def test_what_is_wrong_with_the_step_is_said_and_counts(part, change):
+    step = STEP_WELL | {part: STEP_WELL[part] | change}
+    well = RESULTS | {"cases": RESULTS["cases"][:1], "tests": RESULTS["tests"] | {"failures": []}}
+    assert gpu_check.all_well(well | {"step": STEP_WELL}) and not gpu_check.all_well(well | {"step": step})
+    assert sum("**wrong**" in line for line in gpu_check.render(well | {"step": step}).splitlines()) == 1
 
 
 def test_reading_a_report_of_pytest(tmp_path):
