@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 from numba import njit
+from numba.core.dispatcher import Dispatcher
 from numba.typed import typeddict
 
 from rsengine.augment import policies
@@ -21,10 +22,11 @@ from rsengine.augment.program import Program, compile_policy
 from rsengine.device import preserved_threads
 from rsengine.kernels.augment_eager import CROP_STREAM, CUTOUT_STREAM, FLIP_STREAM
 
-# FFCV makes a typed dictionary when imported, and numba would compile its methods anew in every process: most of three
+# FFCV makes a typed dictionary when imported, and numba would compile its methods anew in every process: about three
 # seconds. Cached on disk like our own functions, they are compiled once a machine.
-for _method in (typeddict._make_dict, typeddict._setitem):
-    _method.enable_caching()
+for _method in vars(typeddict).values():
+    if isinstance(_method, Dispatcher):
+        _method.enable_caching()
 
 with preserved_threads():
     import ffcv  # noqa: F401  (first: ffcv.pipeline cannot be imported by itself)
