@@ -202,6 +202,7 @@ def _write(
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     sys.stdout = sys.stderr = output
+    tqdm.set_lock(threading.RLock())  # the parent's is shared with this process, which may be killed while it holds it
     multiprocessing.set_start_method("fork", force=True)
     import ffcv.writer
     from ffcv.fields import IntField, RGBImageField

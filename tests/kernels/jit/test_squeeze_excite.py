@@ -170,7 +170,9 @@ def test_any_shape_in_either_form(shape, dtype, is_single_pass, has_shortcut):
     for ours, true in zip(grads, [dx, others[4] if has_shortcut else None, *others[:4]], strict=True):
         assert (ours is None) == (true is None)
         if true is not None:
-            assert_close(ours, true, scale=max(1.0, float(true.abs().max())))
+            # Twice the term: a weight's gradient has been through two products of half precision, and here is no eager
+            # result to measure that by.
+            assert_close(ours, true, scale=2 * max(1.0, float(true.abs().max())))
 
 
 @pytest.mark.parametrize("shape", [(4, 64, 4, 4, 16), (3, 48, 3, 5, 12)], ids=str)
