@@ -273,7 +273,7 @@ def image_grid(
                 figure.figimage(image, x, page_h - y - cell_h, origin="upper")
                 if captions is not None:
                     below = [_short(line, 30) for line in captions[row][column].split("\n")]
-                    size = min(_fitting(line, cell_w + gap - 2, largest=7) for line in below)
+                    size = min(_fitting(line, 0.9 * cell_w, largest=6.5) for line in below)
                     text(x, y + cell_h + 2, "\n".join(below), ha="left", va="top", fontsize=size, linespacing=1.1)
         if titles is not None:
             # One size for all of them, the one at which the longest fits.
