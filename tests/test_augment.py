@@ -2,10 +2,15 @@
 
 import os
 
+import numba as nb
 import numpy as np
 import pytest
 
-import rsengine.augment
+import rsengine.augment  # isort: split
+
+from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+from ffcv.loader import Loader
+
 from rsengine.augment import (
     AlternatingFlip,
     AugMix,
@@ -209,3 +214,19 @@ def test_the_documented_example_runs_and_gives_the_same_with_any_number_of_worke
             operation.epoch = epoch
             expected = operation.apply(expected, None, indices)
         assert (np.concatenate(seen[5 * epoch : 5 * epoch + 5]) == expected).all()
+
+
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_ffcvs_loaders_leave_numbas_shared_types_as_they_were(toy_dataset, os_cache):
+    pipelines = {"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]}
+    shared = [nb.uint8[::1], nb.uint8[:, ::1], nb.uint64[::1], nb.uint32[::1]]
+    before = [hash(one) for one in shared]
+    with preserved_threads():
+        loader = Loader(
+            str(toy_dataset.test_beton), batch_size=4, num_workers=1, os_cache=os_cache, pipelines=pipelines
+        )
+        images, _ = next(iter(loader))
+        images = images.copy()
+    assert [hash(one) for one in shared] == before
+    assert all(one.mutable for one in shared)
+    assert (images[1] == BetonReader(toy_dataset.test_beton).image(1)).all()

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
+import numba as nb
 import numpy as np
 from numba import njit
 from numba.core.dispatcher import Dispatcher
@@ -30,9 +32,26 @@ for _method in vars(typeddict).values():
 
 with preserved_threads():
     import ffcv  # noqa: F401  (first: ffcv.pipeline cannot be imported by itself)
+    from ffcv.memory_managers import os_cache
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.operation import Operation
     from ffcv.pipeline.state import State
+
+
+class _ReadOnly:
+    """A numba scalar type whose array types are read-only."""
+
+    def __init__(self, dtype: nb.types.Type):
+        self._dtype = dtype
+
+    def __getitem__(self, layout: slice | tuple[slice, ...]) -> nb.types.Array:
+        return self._dtype[layout].copy(readonly=True)
+
+
+# FFCV's memory manager makes its array type read-only by writing to it. numba shares one object per type, so functions
+# already compiled for such an array could no longer be found under their own key (KeyError at the next compilation).
+# A type that is read-only from the start leaves that write without effect.
+os_cache.nb = SimpleNamespace(types=nb.types, uint8=_ReadOnly(nb.uint8), uint64=nb.uint64)
 
 
 class SeededOperation(Operation):
