@@ -7,7 +7,7 @@ VENV   ?= .venv
 READY  := $(VENV)/.ready
 BIN    := $(VENV)/bin
 
-.PHONY: train test lint bench compile-report gpu-check setup clean
+.PHONY: train test lint bench bench-train compile-report gpu-check setup clean
 .DEFAULT_GOAL := train
 
 train: $(READY)
@@ -22,6 +22,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
+
+bench-train: $(READY)
+	$(BIN)/python -m pytest bench/test_train_step.py -k beside_peers --benchmark-only --benchmark-json=.benchmarks/train-step.json -s $(ARGS)
+	$(BIN)/python -m bench.train_step_table .benchmarks/train-step.json > bench/results/train-step.md
 
 compile-report: $(READY)
 	$(BIN)/python -m rsengine.kernels.compile_report $(ARGS)

@@ -1,13 +1,31 @@
-"""One training step as a user gets it by default. Comparisons with other engines are a matter of their own."""
+"""One training step: rsengine as a user gets it by default, alone and beside what people would use instead.
+
+``test_beside_peers`` is what `make bench-train` runs: every contender steps once in each round, in turn (A B C ... A B
+C ...), so that what slows the machine slows them alike. Ratios are taken within a round.
+"""
+
+import statistics
+import time
 
 import pytest
 import torch
 
+from bench.peers import PEERS, Case, matmul_rate, rsengine_step
 from rsengine.config import load_recipe
 from rsengine.device import choose_execution
 from rsengine.preprocess import Preprocess
+from rsengine.runlog import versions
 from rsengine.step import TrainStep
 from rsengine.weights import build_model
+
+CASES = [
+    Case(50, stem_width=32, stem_stride=2, size=32, batch=128),
+    Case(50, stem_width=32, stem_stride=2, size=32, batch=512),
+    Case(50, stem_width=128, stem_stride=2, size=32, batch=128),
+    Case(26, stem_width=32, stem_stride=1, size=32, batch=128),
+    Case(50, stem_width=32, stem_stride=2, size=224, batch=16),
+]
+ROUNDS = 9
 
 
 @pytest.mark.parametrize("name", ["quickstart", "report-1"])
@@ -19,3 +37,57 @@ def test_step(benchmark, name):
     images, labels = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8), torch.randint(0, 10, (n,))
     benchmark.extra_info["images"] = n
     benchmark.pedantic(step, (images, labels), rounds=7, warmup_rounds=2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a comparison of CPU steps; on a GPU: make gpu-check")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_beside_peers(benchmark, case):
+    ours, step = rsengine_step(case)
+    multiply_adds = step.model.summary((case.size, case.size)).multiply_adds
+    contenders = {name: make(case) for name, make in PEERS.items()}
+    warm_up = {"rsengine": seconds(ours)}
+    for name, run in contenders.items():
+        warm_up[name] = seconds(run)
+        print(f"\n{case}: {name}: first step {warm_up[name]:.1f} s", end="", flush=True)
+    for run in (ours, *contenders.values()):
+        run()
+    peak = matmul_rate()
+    peaks: list[float] = []
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+
+    def others():
+        peaks.append(peak())
+        for name, run in contenders.items():
+            times[name].append(seconds(run))
+
+    benchmark.pedantic(ours, setup=others, rounds=ROUNDS)
+    if benchmark.stats is None:  # --benchmark-disable
+        return
+    times = {"rsengine": benchmark.stats.stats.data, **times}
+    rate = statistics.median(peaks)
+    rows = {}
+    for name, measured in times.items():
+        images = case.batch / statistics.median(measured)
+        ratios = [a / b for a, b in zip(measured, times["rsengine"], strict=True)]
+        rows[name] = {
+            "images/s": round(images, 1),
+            "of_bf16_matmul": round(6 * multiply_adds * images / rate, 3),
+            "rsengine_is_times_faster": [round(value, 2) for value in statistics.quantiles(ratios, n=4)],
+            "first_step_s": round(warm_up[name], 2),
+        }
+    benchmark.extra_info |= {
+        "case": str(case),
+        "multiply_adds": multiply_adds,
+        "bf16_matmul_GFLOP/s": round(rate / 1e9, 1),
+        "rounds": ROUNDS,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "rows": rows,
+    }
+
+
+def seconds(run):
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

@@ -24,7 +24,7 @@ from rsengine.data.beton import IMAGE_FORMATS, Job, write_betons
 from rsengine.data.dataset import BETONS, DESCRIPTION, Dataset, load_dataset
 from rsengine.data.errors import DataError
 from rsengine.data.scan import Scan, scan
-from rsengine.data.source import Source
+from rsengine.data.source import Source, with_validation
 from rsengine.data.sources import open_source
 from rsengine.data.staging import staged_folder
 from rsengine.data.tree import digest_of_list
@@ -41,6 +41,7 @@ def convert(
     verify: bool = True,
     image_format: str = "raw",
     test_fraction: float | None = None,
+    validation: float | None = None,
     seed: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
@@ -56,6 +57,7 @@ def convert(
         verify: compare official CIFAR files with their published checksums.
         image_format: "raw" (exact), or "jpg" (JPEG of quality 95: smaller, not exact).
         test_fraction: share of every class to test on where the source has no test set; default 0.1, for digits 0.2.
+        validation: share of every class of the training set that becomes the test set in place of the source's own.
         seed: chooses those samples.
         workers: processes that decode; default one a processor.
         overwrite: replace a converted data set in `out`.
@@ -69,7 +71,7 @@ def convert(
         DataError: one line naming the file and the remedy.
         ValueError: an option out of range.
     """
-    _check_options(size, image_format, test_fraction, workers)
+    _check_options(size, image_format, test_fraction, validation, workers)
     out = Path(out).expanduser()
     workers = workers or len(os.sched_getaffinity(0))
     try:
@@ -77,6 +79,8 @@ def convert(
             scratch = folder / "scratch"
             scratch.mkdir()
             opened = open_source(source, scratch, verify=verify, test_fraction=test_fraction, seed=seed, log=log)
+            if validation is not None:
+                opened = with_validation(opened, validation, seed)
             _check(opened, source)
             splits = {"train": opened.train, "test": opened.test}
             if size is not None:
@@ -90,7 +94,13 @@ def convert(
             for left in scratch.iterdir():
                 left.unlink()
             scratch.rmdir()
-            options = {"size": size, "verify": verify, "test_fraction": test_fraction, "seed": seed}
+            options = {
+                "size": size,
+                "verify": verify,
+                "test_fraction": test_fraction,
+                "validation": validation,
+                "seed": seed,
+            }
             dataset = _describe(folder, opened, scans, image_format, options)
             # Last of all, since this is the file that makes the folder a data set.
             (folder / DESCRIPTION).write_text(dataset.to_json(), encoding="utf-8")
@@ -100,13 +110,16 @@ def convert(
     return load_dataset(out)
 
 
-def _check_options(size: int | None, image_format: str, test_fraction: float | None, workers: int | None) -> None:
+def _check_options(
+    size: int | None, image_format: str, test_fraction: float | None, validation: float | None, workers: int | None
+) -> None:
     if size is not None and not 1 <= size <= LARGEST_SIZE:
         raise ValueError(f"size: expected 1 … {LARGEST_SIZE} pixels, got {size}")
     if image_format not in IMAGE_FORMATS:
         raise ValueError(f"image_format: expected {' or '.join(IMAGE_FORMATS)}, got {image_format}")
-    if test_fraction is not None and not 0 < test_fraction < 1:
-        raise ValueError(f"test_fraction: expected a share between 0 and 1, got {test_fraction}")
+    for name, share in (("test_fraction", test_fraction), ("validation", validation)):
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"{name}: expected a share between 0 and 1, got {share}")
     if workers is not None and workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
 
@@ -187,7 +200,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--test-fraction", type=float, metavar="F", help="share to test on without a test set (0.1; digits 0.2)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses that share (default 0)")
+    parser.add_argument(
+        "--validation", type=float, metavar="F", help="test on this share of the training set, not on the test set"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses those shares (default 0)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a processor)")
     parser.add_argument("--overwrite", action="store_true", help="replace a converted data set in DIR")
     parser.add_argument("--quiet", action="store_true", help="say nothing unless something is wrong")
@@ -205,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(line, flush=True)
 
     try:
-        _check_options(options.size, options.image_format, options.test_fraction, options.workers)
+        _check_options(options.size, options.image_format, options.test_fraction, options.validation, options.workers)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -217,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verify=not options.no_verify,
             image_format=options.image_format,
             test_fraction=options.test_fraction,
+            validation=options.validation,
             seed=options.seed,
             workers=options.workers,
             overwrite=options.overwrite,

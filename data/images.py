@@ -200,3 +200,30 @@ class EncodedSplit:
 
     def resized(self, size: int) -> EncodedSplit:
         return replace(self, size=size)
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenSplit:
+    """Some samples of another split, in the order of `places`, (N,) indices into it."""
+
+    split: Split
+    places: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.split.labels[self.places]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def name(self, index: int) -> str:
+        return self.split.name(int(self.places[index]))
+
+    def load(self, index: int) -> tuple[np.ndarray, bytes]:
+        return self.split.load(int(self.places[index]))
+
+    def part(self, start: int, stop: int) -> ChosenSplit:
+        return replace(self, places=self.places[start:stop])
+
+    def resized(self, size: int) -> ChosenSplit:
+        return replace(self, split=self.split.resized(size))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from rsengine.data.errors import DataError
-from rsengine.data.images import Split
+from rsengine.data.images import ChosenSplit, Split
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,24 @@ class Source:
     test: Split
     checksum: str | None
     paths: tuple[str, ...] = ()
+
+
+def with_validation(source: Source, fraction: float, seed: int) -> Source:
+    """The same source without its test set: a share of every class of the training set stands in its place.
+
+    What a recipe is chosen on, so that the test set stays unseen until the choice is made.
+    """
+    keys = list(source.paths[: len(source.train)]) or [str(i) for i in range(len(source.train))]
+    chosen = split_by_hash(source.train.labels, keys, fraction, seed, source.name)
+    train, test = np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    paths = tuple(source.paths[i] for i in (*train, *test)) if source.paths else ()
+    return replace(
+        source,
+        name=f"{source.name}-validation",
+        train=ChosenSplit(source.train, train),
+        test=ChosenSplit(source.train, test),
+        paths=paths,
+    )
 
 
 def split_by_hash(labels: np.ndarray, keys: list[str], fraction: float, seed: int, where: str) -> np.ndarray:

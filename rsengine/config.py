@@ -24,6 +24,7 @@ else:
     import tomli as tomllib
 
 PRECISIONS = ("auto", "bf16", "fp32")
+OPTIMIZERS = ("sgd", "muon")
 LOADERS = ("ffcv", "resident")
 FILLS = ("zero", "mean")  # colours; the data set's mean becomes 0 once normalised
 
@@ -116,10 +117,16 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class OptimizerSection:
-    """SGD. Weight decay is the coupled kind, added to the gradient."""
+    """SGD for all, or for all but the convolutions (:mod:`rsengine.muon`). Weight decay is SGD's, the coupled kind,
+    added to the gradient."""
 
+    name: str = _choice("sgd", OPTIMIZERS, help="sgd, or muon for the convolutions and sgd for all else")
     momentum: float = _number(0.9, 0.0, 0.9999, help="momentum")
     nesterov: bool = _flag(True, help="Nesterov momentum")
+    muon_learning_rate: float = _number(
+        0.1, 0.0, 10.0, help="muon: step over weight in length where schedule.learning_rate peaks, whose shape it has"
+    )
+    muon_momentum: float = _number(0.9, 0.0, 0.9999, help="muon: momentum of the convolutions")
     weight_decay: float = _number(4e-5, 0.0, 1.0, help="weight decay")
     decay_bn_and_bias: bool = _flag(False, help="apply weight decay to batch-norm parameters and biases too")
     clip_norm: float = _number(0.0, 0.0, help="longest gradient, as one vector over all parameters; 0: no clipping")

@@ -18,6 +18,7 @@ from rsengine.config import Recipe
 from rsengine.device import Execution
 from rsengine.kernels import ema_update, label_smoothed_cross_entropy, sgd_ema_step
 from rsengine.mix import Mix, soft_targets
+from rsengine.muon import Muon
 from rsengine.preprocess import Preprocess
 from rsengine.schedule import ema_decay_table, learning_rate_table
 
@@ -82,6 +83,17 @@ class TrainStep:
         exempt = not recipe.optimizer.decay_bn_and_bias
         self.weight_decay = [0.0 if exempt and p.dim() < 2 else decay for p in self.params]
 
+        uses_muon = recipe.optimizer.name == "muon"
+        self.muon_places = [i for i, p in enumerate(self.params) if uses_muon and p.dim() == 4]
+        self.sgd_places = [i for i in range(len(self.params)) if i not in set(self.muon_places)]
+        self.muon = Muon(
+            _at(self.params, self.muon_places),
+            _at(self.momentum_buffers, self.muon_places),
+            recipe.optimizer.muon_momentum,
+            self.nesterov,
+            execution.autocast_dtype or torch.float32,
+        )
+
         self.ema_model: nn.Module | None = None
         self.shadow: list[Tensor] | None = None
         if recipe.ema.enabled:
@@ -94,6 +106,9 @@ class TrainStep:
             p.grad = torch.zeros_like(p) if keep_gradients else None
 
         self.lr_table = torch.tensor(self.learning_rates, dtype=torch.float32, device=device)
+        peak = recipe.schedule.learning_rate
+        rates = self.learning_rates * (recipe.optimizer.muon_learning_rate / peak if peak else 0.0)
+        self.muon_lr_table = torch.tensor(rates, dtype=torch.float32, device=device)
         decays = ema_decay_table(recipe.ema.decay, len(self.learning_rates), warmup=recipe.ema.warmup)
         self.decay_table = torch.tensor(decays, dtype=torch.float32, device=device)
         # A part's share of the batch: where its backward pass begins.
@@ -138,17 +153,22 @@ class TrainStep:
     def _update(self, grads: list[Tensor], now: Tensor) -> None:
         lr = self.lr_table.gather(0, now)
         decay = self.decay_table.gather(0, now) if self.shadow is not None else None
+        sgd, muon = self.sgd_places, self.muon_places
         sgd_ema_step(
-            self.params,
-            grads,
-            self.momentum_buffers,
-            self.shadow,
+            _at(self.params, sgd),
+            _at(grads, sgd),
+            _at(self.momentum_buffers, sgd),
+            _at(self.shadow, sgd) if decay is not None else None,
             lr,
             self.momentum,
-            self.weight_decay,
+            _at(self.weight_decay, sgd),
             decay,
             self.nesterov,
         )
+        if muon:
+            self.muon(_at(grads, muon), self.muon_lr_table.gather(0, now))
+            if decay is not None:
+                ema_update(_at(self.shadow, muon), _at(self.params, muon), decay)
         if decay is not None:
             ema_update(self.shadow_buffers, self.buffers, decay)
 
@@ -240,6 +260,10 @@ def clip_by_global_norm_(grads: Sequence[Tensor], limit: float) -> None:
     """
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
+
+
+def _at(values: Sequence, places: Sequence[int]) -> list:
+    return [values[i] for i in places]
 
 
 def _shape(tensor: Tensor | None) -> str:

@@ -12,7 +12,7 @@ ENTRY_POINTS = {"train", "predict", "evaluate", "study", "gpu_check"}
 # A module may import from lower layers, and from its own.
 LAYERS = [
     {"kernels", "data", "files", "device", "signals", "display", "schedule", "preprocess"},
-    {"model", "augment", "mix"},
+    {"model", "augment", "mix", "muon"},
     {"config"},
     {"loader", "resident", "feed", "batches", "step", "graph"}
     | {"capture_check", "findings", "trace", "fake_device", "launches"}

@@ -32,6 +32,7 @@ OPTIONS = {
     "float32": ["train.precision=fp32"],
     "random depth": ["model.drop_path=0.2", "model.dropout=0.3"],
     "no average": ["ema.enabled=false"],
+    "muon": ["optimizer.name=muon"],
     "no momentum": ["optimizer.momentum=0.0", "optimizer.nesterov=false"],
     "resident": ["train.loader=resident", "augment.cutout_holes=2"],
     "all at once": [

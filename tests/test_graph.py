@@ -73,9 +73,10 @@ def differences(a, b):
         ([], FP32),
         (["train.micro_batches=2", "optimizer.clip_norm=0.5"], FP32),
         (["augment.mixup_alpha=0.2", "augment.cutmix_alpha=1.0"], FP32),
+        (["optimizer.name=muon"], FP32),
         ([], BF16),
     ],
-    ids=["plain", "micro-batches and clipping", "mixup and cutmix", "bfloat16 autocast"],
+    ids=["plain", "micro-batches and clipping", "mixup and cutmix", "muon", "bfloat16 autocast"],
 )
 def test_fifty_replays_equal_fifty_plain_steps_bit_for_bit(settings, execution):
     plain = make(TrainStep, *settings, execution=execution, keep_gradients=False)

@@ -329,7 +329,9 @@ def test_unsupported_pixel_type():
         decode_rgb(buffer.getvalue(), "x.tif")
 
 
-@pytest.mark.parametrize("options", [["--size", "0"], ["--test-fraction", "1"], ["--workers", "0"]])
+@pytest.mark.parametrize(
+    "options", [["--size", "0"], ["--test-fraction", "1"], ["--validation", "0"], ["--workers", "0"]]
+)
 def test_options_out_of_range(tmp_path, capsys, options):
     assert main([str(pets(tmp_path)), "--out", str(tmp_path / "out"), *options]) == 2
     assert options[1] in capsys.readouterr().err

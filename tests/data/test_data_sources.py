@@ -131,6 +131,25 @@ def test_without_test_set_a_stratified_part_is_set_aside_and_said(tmp_path, spli
     assert same and not other
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_validation_set_comes_from_the_training_set_and_takes_the_place_of_the_test_set(tmp_path, converted, packed):
+    source = tmp_path / "pets"
+    images, labels = class_folders(source, ("train", "test"), each=10)["train"]
+    if packed:
+        source = tar(tmp_path / "pets.tar.gz", source)
+    dataset, found, found_labels = converted(source, validation=0.2)
+    assert dataset.name == "pets-validation" and dataset.options["validation"] == 0.2
+    assert dataset.class_counts == {"train": (8, 8, 8), "test": (2, 2, 2)}
+    mine = [
+        (label, image.tobytes())
+        for split in ("train", "test")
+        for image, label in zip(found[split], found_labels[split], strict=True)
+    ]
+    assert sorted(mine) == sorted((label, image.tobytes()) for image, label in zip(images, labels, strict=True))
+    resized = converted(source, validation=0.2, size=8, overwrite=True)[0]
+    assert resized.image_size == (8, 8) and resized.class_counts == dataset.class_counts
+
+
 def test_split_by_hash_does_not_depend_on_order():
     labels, keys = np.repeat([0, 1], 50), [f"k{i}" for i in range(100)]
     chosen = {keys[i] for i in np.flatnonzero(split_by_hash(labels, keys, 0.1, 3, "x"))}

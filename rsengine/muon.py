@@ -1,0 +1,94 @@
+"""Muon for convolution weights: momentum made orthogonal, on spheres.
+
+Each weight is a matrix of its output channels. Its momentum is replaced by the nearest orthogonal matrix, found by five
+Newton-Schulz iterations (Jordan et al., "Muon", 2024, https://kellerjordan.github.io/posts/muon), and moves the weight
+by a given fraction of its length; the weight is then put back on the sphere where it was initialised. Every convolution
+of this family is followed by batch norm, so the length of its weight has no effect on the output: held constant, it
+makes the learning rate the angle of a step, and needs no weight decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the authors: singular values from 0.01 to 1 end between 0.7 and 1.2
+ITERATIONS = 5
+
+
+class Muon:
+    """The update of some convolution weights: ``muon(grads, lr)``. A tensor program: nothing waits for the device.
+
+    Args:
+        params: (out, in, height, width) float32 weights on one device, changed in place.
+        buffers: the momentum of each, zero at first, changed in place.
+        momentum: in [0, 1).
+        nesterov: look ahead by one step of momentum.
+        dtype: of the Newton-Schulz products.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        buffers: Sequence[Tensor],
+        momentum: float,
+        nesterov: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.params, self.buffers = list(params), list(buffers)
+        self.momentum, self.nesterov, self.dtype = momentum, nesterov, dtype
+        # He initialisation by fan-out: variance 2 / (out * height * width), so a length of sqrt(2 * in).
+        self._lengths = [(2 * p.shape[1]) ** 0.5 for p in self.params]
+        self._groups: dict[tuple[int, int], list[int]] = {}  # weights of one shape are orthogonalised together
+        for i, p in enumerate(self.params):
+            self._groups.setdefault(tuple(sorted(matrix(p).shape)), []).append(i)
+
+    @torch.no_grad()
+    def __call__(self, grads: Sequence[Tensor], lr: Tensor) -> None:
+        """One step. ``lr``: () or (1,) float32, the length of the step over the length of the weight."""
+        torch._foreach_mul_(self.buffers, self.momentum)
+        torch._foreach_add_(self.buffers, list(grads))
+        directions = self.buffers
+        if self.nesterov:
+            directions = torch._foreach_mul(self.buffers, self.momentum)
+            torch._foreach_add_(directions, list(grads))
+        updates: list[Tensor] = [torch.empty(0)] * len(self.params)
+        for members in self._groups.values():
+            matrices = [matrix(directions[i]).to(self.dtype) for i in members]
+            matrices = [m if m.shape[0] <= m.shape[1] else m.T for m in matrices]
+            for i, update in zip(members, orthogonalised(torch.stack(matrices)).float(), strict=True):
+                update = update * (lr * self._lengths[i] / torch.linalg.vector_norm(update).clamp(min=1e-12))
+                updates[i] = _like(update, self.params[i])
+        torch._foreach_sub_(self.params, updates)
+        for p, length in zip(self.params, self._lengths, strict=True):
+            p.mul_(length / torch.linalg.vector_norm(p).clamp(min=1e-12))
+
+
+def matrix(weight: Tensor) -> Tensor:
+    """(out, in, height, width) as (out, height * width * in): no copy where the weight is channels_last."""
+    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+
+
+def orthogonalised(matrices: Tensor, iterations: int = ITERATIONS) -> Tensor:
+    """The orthogonal factor U V' of each matrix U S V', nearly: singular values between about 0.7 and 1.2.
+
+    Args:
+        matrices: (N, rows, columns) floating point, rows <= columns.
+    """
+    a, b, c = COEFFICIENTS
+    x = matrices / (torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x
+
+
+def _like(update: Tensor, weight: Tensor) -> Tensor:
+    """The matrix of a weight, or its transpose where that has fewer rows, in the shape of the weight."""
+    out, channels, height, width = weight.shape
+    if out > channels * height * width:
+        update = update.T
+    return update.reshape(out, height, width, channels).permute(0, 3, 1, 2)
