@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .dispatch import choose
 
@@ -70,10 +71,58 @@ def squeeze_excite_residual(
     keep_scale = None if keep_scale is None else keep_scale.detach()
     if choose("squeeze_excite_residual", impl, x) == "triton":
         return torch.ops.rsengine.squeeze_excite(x, w1, b1, w2, b2, shortcut, keep_scale)[0]
-    gate = _gate(x, w1, b1, w2, b2)
-    if keep_scale is not None:
-        gate = gate * keep_scale.to(gate.dtype).view(-1, 1, 1, 1)
-    return F.relu(torch.addcmul(shortcut, x, gate))
+    if torch.compiler.is_compiling():  # which fuses the passes over x by itself
+        gate = _gate(x, w1, b1, w2, b2)
+        if keep_scale is not None:
+            gate = gate * keep_scale.to(gate.dtype).view(-1, 1, 1, 1)
+        return F.relu(torch.addcmul(shortcut, x, gate))
+    return _EagerResidual.apply(x, w1, b1, w2, b2, shortcut, keep_scale)
+
+
+class _EagerResidual(torch.autograd.Function):
+    """The formula in as few passes over the maps as PyTorch's operations allow. Autograd of it would write the gradient
+    of the mean as a map and add it to that of the product."""
+
+    @staticmethod
+    def forward(ctx, x, w1, b1, w2, b2, shortcut, keep_scale):
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else w1.dtype
+        mean = x.mean(dim=(2, 3)).to(dtype)
+        first, second = w1.to(dtype), w2.to(dtype)
+        hidden = F.relu(F.linear(mean, first, b1.to(dtype)))
+        gate = torch.sigmoid(F.linear(hidden, second, b2.to(dtype)))
+        scale = gate.to(x.dtype)
+        if keep_scale is not None:
+            scale = scale * keep_scale.to(scale.dtype).view(-1, 1)
+        scale = scale[:, :, None, None]
+        y = torch.addcmul(shortcut, x, scale).relu_()
+        ctx.save_for_backward(x, y, mean, hidden, gate, scale, first, second, keep_scale)
+        ctx.dtypes = [t.dtype for t in (w1, b1, w2, b2, shortcut)]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, y, mean, hidden, gate, scale, first, second, keep_scale = ctx.saved_tensors
+        w1_dtype, b1_dtype, w2_dtype, b2_dtype, shortcut_dtype = ctx.dtypes
+        dz = torch.ops.aten.threshold_backward(dy, y, 0)
+        dgate = (dz * x).sum(dim=(2, 3)).to(gate.dtype)
+        if keep_scale is not None:
+            dgate = dgate * keep_scale.to(gate.dtype).view(-1, 1)
+        dsecond = torch.ops.aten.sigmoid_backward(dgate, gate)
+        dfirst = torch.ops.aten.threshold_backward(dsecond @ second, hidden, 0)
+        pixels = x.shape[2] * x.shape[3]
+        dmean = (dfirst @ first).div_(pixels).to(dz.dtype)[:, :, None, None]
+        return (
+            torch.addcmul(dmean, dz, scale.to(dz.dtype)).to(x.dtype),
+            (dfirst.T @ mean).to(w1_dtype),
+            dfirst.sum(0).to(b1_dtype),
+            (dsecond.T @ hidden).to(w2_dtype),
+            dsecond.sum(0).to(b2_dtype),
+            dz.to(shortcut_dtype),
+            None,
+        )
 
 
 def _gate(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsengine.kernels import squeeze_excite_residual
+from rsengine.layers import BatchNorm, Conv3x3, PointwiseConv
 
 # Blocks in each of the four stages. 26 is this project's small one; the others are the paper's.
 DEPTHS: dict[int, tuple[int, int, int, int]] = {
@@ -32,23 +33,6 @@ DROP_PATH_RULES = ("tf", "timm")
 EXPANSION = 4
 
 
-class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution. On the CPU it runs as a matrix product over pixels: the same sums, and the library's matrix
-    product is several times faster than its 1x1 convolution, most of all in the weight gradient."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return super().forward(x)
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
-
-
-def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
-
-
 def divisible(value: float, divisor: int = 8) -> int:
     """``value`` rounded to the nearest multiple of ``divisor``, at least one of them."""
     return max(divisor, int(value + divisor / 2) // divisor * divisor)
@@ -60,10 +44,10 @@ class Stem(nn.Module):
     def __init__(self, width: int, stride: int, pool_stride: int) -> None:
         super().__init__()
         self.out_channels = 2 * width
-        self.conv1, self.bn1 = conv3x3(3, width, stride), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = conv3x3(width, width), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = conv3x3(width, 2 * width), nn.BatchNorm2d(2 * width)
-        self.pool_conv, self.pool_bn = conv3x3(2 * width, 2 * width, pool_stride), nn.BatchNorm2d(2 * width)
+        self.conv1, self.bn1 = Conv3x3(3, width, stride), BatchNorm(width)
+        self.conv2, self.bn2 = Conv3x3(width, width), BatchNorm(width)
+        self.conv3, self.bn3 = Conv3x3(width, 2 * width), BatchNorm(2 * width)
+        self.pool_conv, self.pool_bn = Conv3x3(2 * width, 2 * width, pool_stride), BatchNorm(2 * width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -78,7 +62,7 @@ class Shortcut(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.stride = stride
-        self.conv, self.bn = PointwiseConv(in_channels, out_channels), nn.BatchNorm2d(out_channels)
+        self.conv, self.bn = PointwiseConv(in_channels, out_channels), BatchNorm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stride != 1:
@@ -102,9 +86,9 @@ class Bottleneck(nn.Module):
         super().__init__()
         out_channels = width * EXPANSION
         self.drop_path = drop_path
-        self.conv1, self.bn1 = PointwiseConv(in_channels, width), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = conv3x3(width, width, stride), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = PointwiseConv(width, out_channels), nn.BatchNorm2d(out_channels)
+        self.conv1, self.bn1 = PointwiseConv(in_channels, width), BatchNorm(width)
+        self.conv2, self.bn2 = Conv3x3(width, width, stride), BatchNorm(width)
+        self.conv3, self.bn3 = PointwiseConv(width, out_channels), BatchNorm(out_channels)
         self.se = SqueezeExcite(out_channels, divisible(out_channels * se_ratio))
         needs_projection = stride != 1 or in_channels != out_channels
         self.shortcut = Shortcut(in_channels, out_channels, stride) if needs_projection else nn.Identity()

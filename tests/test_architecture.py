@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ENTRY_POINTS = {"train", "predict", "evaluate", "study", "gpu_check"}
 # A module may import from lower layers, and from its own.
 LAYERS = [
-    {"kernels", "data", "files", "device", "signals", "display", "schedule", "preprocess"},
+    {"kernels", "data", "files", "device", "signals", "display", "schedule", "preprocess", "layers"},
     {"model", "augment", "mix", "muon"},
     {"config"},
     {"loader", "resident", "feed", "batches", "step", "graph"}

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rsengine.model import DEPTHS, PointwiseConv, divisible, drop_path_rates, from_timm, resnet_rs
+from rsengine.layers import PointwiseConv
+from rsengine.model import DEPTHS, divisible, drop_path_rates, from_timm, resnet_rs
 
 # Trainable parameters at 1000 and at 10 classes, and parameter tensors (timm's models, counted).
 TABLE = {
