@@ -1,4 +1,4 @@
-"""The layers against ``torch.nn``: outputs and every gradient, to rounding in float64, as close as its own in bfloat16."""
+"""The layers against ``torch.nn``: outputs and every gradient, to rounding in float64, as close as its own in bf16."""
 
 import copy
 
