@@ -78,6 +78,8 @@ def test_under_autocast_the_errors_are_those_of_bfloat16(size, stride):
         found = {"y": y, "x": x_leaf.grad, "weight": layer.weight.grad}
         errors.append({k: (v.double() - truth[k]).abs().max() / truth[k].abs().max() for k, v in found.items()})
     for name, theirs in errors[0].items():
+        # oneDNN 3.x at times leaves unwritten the weight gradient of taps that meet only padding (stride 2, one pixel).
+        theirs = theirs if theirs.isfinite() else 0.0
         assert errors[1][name] <= 2 * theirs + 2**-8, name
 
 
