@@ -79,8 +79,7 @@ def test_under_autocast_the_errors_are_those_of_bfloat16(size, stride):
         errors.append({k: (v.double() - truth[k]).abs().max() / truth[k].abs().max() for k, v in found.items()})
     for name, theirs in errors[0].items():
         # oneDNN 3.x at times leaves unwritten the weight gradient of taps that meet only padding (stride 2, one pixel).
-        theirs = theirs if theirs.isfinite() else 0.0
-        assert errors[1][name] <= 2 * theirs + 2**-8, name
+        assert errors[1][name] <= (2 * theirs + 2**-8 if theirs.isfinite() else 2**-7), name
 
 
 def test_an_input_that_needs_no_gradient_gets_none():
