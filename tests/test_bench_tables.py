@@ -1,0 +1,64 @@
+"""The tables that benchmarks write, from made-up measurements."""
+
+import pytest
+
+from bench.growth import H100_BYTES, H100_FLOPS, Point, measure, predicted, text
+from bench.train_step_table import table
+
+FOUND = {
+    "images_per_second": 200.0,
+    "peak_bytes": 3 * 2**29,
+    "start_seconds": 2.5,
+    "multiply_adds": 1e8,
+    "activation_bytes": 0.0,
+    "parameters": 0,
+}
+
+
+def test_a_row_of_growth_and_a_row_that_failed():
+    written = text({"depth": [(Point(depth=26), FOUND), (Point(depth=420), {"failed": "more than 9 s"})]})
+    assert "| 26 | 200.0 | 120 | 1.50 | 2.5 |" in written
+    assert "| 420 | more than 9 s | | | |" in written
+    assert "predicted, not measured" in written and written.count("| 420 |") == 1
+
+
+def test_the_prediction_is_the_slower_of_arithmetic_and_memory():
+    rate, bound = predicted(FOUND, batch=10)
+    assert bound == "arithmetic" and rate == pytest.approx(H100_FLOPS / 6e8)
+    rate, bound = predicted(FOUND | {"activation_bytes": 2e9}, batch=10)
+    assert bound == "memory" and rate == pytest.approx(H100_BYTES / 3e9)
+
+
+def test_a_point_is_measured_in_its_own_processes_and_a_slow_one_is_said():
+    found = measure(Point(depth=26, batch=2, processes=2, threads=1), 120)
+    assert found["images_per_second"] > 0 and found["peak_bytes"] > 2 * 2**27 and found["start_seconds"] > 0
+    assert measure(Point(depth=26, batch=2), 0.1) == {"failed": "more than 0 s"}
+    assert "failed" in measure(Point(depth=27), 60)
+
+
+def test_steps_side_by_side():
+    rows = {
+        "rsengine": dict.fromkeys(("images/s", "first_step_s"), 400.0)
+        | {"of_bf16_matmul": 0.5, "rsengine_is_times_faster": [1.0, 1.0, 1.0]},
+        "peer": dict.fromkeys(("images/s", "first_step_s"), 100.0)
+        | {"of_bf16_matmul": 0.125, "rsengine_is_times_faster": [3.5, 4.0, 4.5]},
+    }
+    info = {
+        "case": "RS-50",
+        "multiply_adds": 1e8,
+        "bf16_matmul_GFLOP/s": 400.0,
+        "rounds": 9,
+        "threads": 2,
+        "versions": {"torch": "2"},
+        "rows": rows,
+    }
+    machine = {"cpu": {"brand_raw": "A processor"}}
+    results = {
+        "benchmarks": [{"extra_info": info}, {"extra_info": {}}],
+        "machine_info": machine,
+        "datetime": "2026-11-24T",
+    }
+    written = table(results)
+    assert "A processor, 2 threads; torch 2." in written and "## RS-50" in written
+    assert "| peer | 100.0 | 12.5% | 4.0x (3.5 to 4.5) | 100.0 |" in written
+    assert "| rsengine | 400.0 | 50.0% |  | 400.0 |" in written
