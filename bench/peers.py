@@ -5,7 +5,6 @@ All take the same network, batch, optimiser, label smoothing and average as rsen
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torchvision import transforms
 
+from bench.measure import seconds
 from rsengine.config import Recipe
 from rsengine.device import choose_execution
 from rsengine.model import DEPTHS, resnet_rs
@@ -166,18 +166,11 @@ def normalised(pixels: Tensor) -> Tensor:
 
 def matmul_rate(side: int = 2048, dtype: torch.dtype = torch.bfloat16) -> Callable[[], float]:
     """A function that multiplies two square matrices and returns floating-point operations a second."""
-    from time import perf_counter
-
     a, b = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
     out = torch.empty_like(a)
 
     def run() -> float:
-        best = math.inf
-        for _ in range(3):
-            start = perf_counter()
-            torch.mm(a, b, out=out)
-            best = min(best, perf_counter() - start)
-        return 2 * side**3 / best
+        return 2 * side**3 / min(seconds(lambda: torch.mm(a, b, out=out)) for _ in range(3))
 
     return run
 

@@ -5,11 +5,11 @@ C ...), so that what slows the machine slows them alike. Ratios are taken within
 """
 
 import statistics
-import time
 
 import pytest
 import torch
 
+from bench.measure import seconds
 from bench.peers import PEERS, Case, matmul_rate, rsengine_step
 from rsengine.config import load_recipe
 from rsengine.device import choose_execution
@@ -85,9 +85,3 @@ def test_beside_peers(benchmark, case):
         "versions": versions(),
         "rows": rows,
     }
-
-
-def seconds(run):
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start

@@ -85,7 +85,7 @@ class TrainStep:
 
         uses_muon = recipe.optimizer.name == "muon"
         self.muon_places = [i for i, p in enumerate(self.params) if uses_muon and p.dim() == 4]
-        self.sgd_places = [i for i in range(len(self.params)) if i not in set(self.muon_places)]
+        self.sgd_places = [i for i, p in enumerate(self.params) if not (uses_muon and p.dim() == 4)]
         self.muon = Muon(
             _at(self.params, self.muon_places),
             _at(self.momentum_buffers, self.muon_places),
