@@ -1,15 +1,16 @@
 """One training step: rsengine as a user gets it by default, alone and beside what people would use instead.
 
-``test_beside_peers`` is what `make bench-train` runs: every contender steps once in each round, in turn (A B C ... A B
-C ...), so that what slows the machine slows them alike. Ratios are taken within a round.
+``test_beside_peers`` is what `make bench-train` runs: every contender has a process of its own and steps once in each
+round, in turn (A B C ... A B C ...), so that what slows the machine slows them alike. Ratios are taken within a round.
 """
 
+import contextlib
 import statistics
 
 import pytest
 import torch
 
-from bench.measure import seconds
+from bench.apart import OURS, Apart
 from bench.peers import PEERS, Case, matmul_rate, rsengine_step
 from rsengine.config import load_recipe
 from rsengine.device import choose_execution
@@ -43,33 +44,34 @@ def test_step(benchmark, name):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a comparison of CPU steps; on a GPU: make gpu-check")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_beside_peers(benchmark, case):
-    ours, step = rsengine_step(case)
-    multiply_adds = step.model.summary((case.size, case.size)).multiply_adds
-    contenders = {name: make(case) for name, make in PEERS.items()}
-    warm_up = {"rsengine": seconds(ours)}
-    for name, run in contenders.items():
-        warm_up[name] = seconds(run)
-        print(f"\n{case}: {name}: first step {warm_up[name]:.1f} s", end="", flush=True)
-    for run in (ours, *contenders.values()):
-        run()
+    network = rsengine_step(case)[1].model
+    multiply_adds = network.summary((case.size, case.size)).multiply_adds
     peak = matmul_rate()
     peaks: list[float] = []
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    with contextlib.ExitStack() as stack:
+        contenders, warm_up = {}, {}
+        for name in (OURS, *PEERS):
+            contenders[name] = stack.enter_context(contextlib.closing(Apart(name, case)))
+            warm_up[name] = contenders[name].step()
+            print(f"\n{case}: {name}: first step {warm_up[name]:.1f} s", end="", flush=True)
+        for contender in contenders.values():
+            contender.step()
+        times: dict[str, list[float]] = {name: [] for name in contenders}
 
-    def others():
-        peaks.append(peak())
-        for name, run in contenders.items():
-            times[name].append(seconds(run))
+        def ours():
+            times[OURS].append(contenders[OURS].step())
 
-    benchmark.pedantic(ours, setup=others, rounds=ROUNDS)
-    if benchmark.stats is None:  # --benchmark-disable
-        return
-    times = {"rsengine": benchmark.stats.stats.data, **times}
+        def others():
+            peaks.append(peak())
+            for name in PEERS:
+                times[name].append(contenders[name].step())
+
+        benchmark.pedantic(ours, setup=others, rounds=ROUNDS)
     rate = statistics.median(peaks)
     rows = {}
     for name, measured in times.items():
         images = case.batch / statistics.median(measured)
-        ratios = [a / b for a, b in zip(measured, times["rsengine"], strict=True)]
+        ratios = [a / b for a, b in zip(measured, times[OURS], strict=True)]
         rows[name] = {
             "images/s": round(images, 1),
             "of_bf16_matmul": round(6 * multiply_adds * images / rate, 3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ class Execution:
 def choose_execution(device: str = "auto", precision: str = "auto") -> Execution:
     """Settle ``device`` (auto, cpu, cuda) and ``precision`` (auto, bf16, fp32) for this machine.
 
+    On the CPU the process keeps the memory it frees from here on: see :func:`keep_freed_memory`.
+
     Raises:
         ValueError: ``cuda`` on a machine without one, with what to use instead.
     """
@@ -45,13 +48,30 @@ def choose_execution(device: str = "auto", precision: str = "auto") -> Execution
     kind = "cuda" if device == "cuda" or (device == "auto" and has_cuda) else "cpu"
     native, why = _native_bf16(kind)
     use_bf16 = precision == "bf16" or (precision == "auto" and native)
+    memory = "" if kind != "cpu" or keep_freed_memory() else "; without glibc large blocks of memory are mapped anew"
     asked = "as asked" if precision != "auto" else "automatic"
     return Execution(
         device=torch.device(kind),
         autocast_dtype=torch.bfloat16 if use_bf16 else None,
         threads=torch.get_num_threads(),
-        reason=f"{'bfloat16 autocast' if use_bf16 else 'float32'} on {kind} ({asked}: {why})",
+        reason=f"{'bfloat16 autocast' if use_bf16 else 'float32'} on {kind} ({asked}: {why}){memory}",
     )
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library reuse the memory of large tensors. False: it is not glibc, and nothing was changed.
+
+    glibc maps a block of more than 32 MiB from the system and gives it back when it is freed, so that a step whose maps
+    are that large has the kernel clear every page of them again: two fifths of its time (``docs/performance.md``). The
+    32 MiB are the most that its own threshold (M_MMAP_THRESHOLD) can be set to; to map nothing is the way past it.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # no such function; no such library; Windows
+        return False
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
+    settings = ((mmap_max, 0), (trim_threshold, -1), (top_pad, 64 * 2**20))  # -1: as unsigned, never
+    return all([mallopt(option, value) == 1 for option, value in settings])
 
 
 @contextlib.contextmanager

@@ -1,8 +1,12 @@
 """The tables that benchmarks write, from made-up measurements."""
 
+import contextlib
+
 import pytest
 
+from bench.apart import OURS, Apart
 from bench.growth import H100_BYTES, H100_FLOPS, Point, measure, predicted, text
+from bench.peers import Case
 from bench.train_step_table import table
 
 FOUND = {
@@ -34,6 +38,15 @@ def test_a_point_is_measured_in_its_own_processes_and_a_slow_one_is_said():
     assert found["images_per_second"] > 0 and found["peak_bytes"] > 2 * 2**27 and found["start_seconds"] > 0
     assert measure(Point(depth=26, batch=2), 0.1) == {"failed": "more than 0 s"}
     assert "failed" in measure(Point(depth=27), 60)
+
+
+def test_a_contender_steps_in_its_own_process_and_says_that_it_ended():
+    case = Case(26, stem_width=8, stem_stride=2, size=32, batch=2)
+    with contextlib.closing(Apart(OURS, case)) as ours:
+        assert ours.step() > 0
+        ours.process.kill()
+        with pytest.raises(RuntimeError, match="rsengine: its process ended"):
+            ours.step()
 
 
 def test_steps_side_by_side():

@@ -1,6 +1,10 @@
 """The training step against the same step written with stock PyTorch, and what it keeps beside the weights."""
 
 import copy
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -185,3 +189,27 @@ def test_execution_says_what_it_chose_and_why():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no usable CUDA GPU; use --device cpu"):
             choose_execution("cuda")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory of other C libraries is left as it is")
+def test_memory_of_large_tensors_is_reused_once_the_cpu_is_chosen():
+    program = """
+import resource, torch
+from rsengine.device import choose_execution
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.empty(64 * 2**20, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+cold = faults()
+choose_execution("cpu")
+for _ in range(4):  # until freed blocks lie side by side: an aligned block needs a little more than its own size
+    faults()
+print(cold, faults())
+"""
+    plain = {name: value for name, value in os.environ.items() if "MALLOC" not in name and name != "LD_PRELOAD"}
+    command = [sys.executable, "-c", program]
+    cold, warm = map(int, subprocess.run(command, env=plain, capture_output=True, check=True).stdout.split())
+    assert warm < 0.1 * cold, (cold, warm)
