@@ -4,10 +4,13 @@ import contextlib
 
 import pytest
 
+from bench import attempts
 from bench.apart import OURS, Apart
 from bench.growth import H100_BYTES, H100_FLOPS, Point, measure, predicted, text
 from bench.peers import Case
 from bench.train_step_table import table
+from rsengine.config import Recipe
+from rsengine.runlog import RunLog
 
 FOUND = {
     "images_per_second": 200.0,
@@ -75,3 +78,34 @@ def test_steps_side_by_side():
     assert "A processor, 2 threads; torch 2." in written and "## RS-50" in written
     assert "| peer | 100.0 | 12.5% | 4.0x (3.5 to 4.5) | 100.0 |" in written
     assert "| rsengine | 400.0 | 50.0% |  | 400.0 |" in written
+
+
+def test_attempts_of_a_speedrun(tmp_path):
+    epochs = [
+        {"kind": "epoch", "step": n, "epoch": n, "seconds": 240.0 * n, "epoch_seconds": 230.0, "eval_seconds": 10.0}
+        | {"images_per_second": 200.0, "test_accuracy": 0.1 * n, "test_accuracy_ema": 0.1 * n + 0.05}
+        for n in (1, 2, 3)
+    ]
+    for record in epochs:
+        RunLog(tmp_path).append(record)
+    recipe = Recipe().with_settings(["optimizer.name=muon", "model.blocks=[1, 2]", "train.batch_size=64"])
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
+    attempt = attempts.read(tmp_path)
+    assert attempt.recipe == recipe and attempt.epochs == epochs
+    # Evaluations at 4, 8 and 12 minutes; at 20 the run has been over for longer than an epoch.
+    assert [attempt.after(m) for m in (3, 5, 10, 15, 20)] == [None, pytest.approx(0.15), pytest.approx(0.25)] + [
+        pytest.approx(0.35),
+        None,
+    ]
+    written = attempts.text([attempt])
+    assert (
+        "| blocks [1, 2], width 1, stem 32, strides 2 and 2 | Muon 0.1, 0.9; SGD 0.1 | 64 | 3 | 12.0 | 200 |" in written
+    )
+    assert f"| {tmp_path.name} | 15.00% | 25.00% |  |  |  |" in written
+    attempts.draw([attempt], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_the_kept_attempts_make_the_document():
+    kept = [attempts.read(folder) for folder in sorted(attempts.FOLDER.iterdir())]
+    assert attempts.DOCUMENT.read_text(encoding="utf-8").endswith(attempts.text(kept))
