@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.document import write_section
 from rsengine.config import Recipe
 from rsengine.runlog import EPOCH, METRICS_FILE, RunLog
 
@@ -48,6 +49,11 @@ def read(folder: Path) -> Attempt:
         Recipe.from_toml(recipe.read_text(encoding="utf-8"), str(recipe)) if recipe.exists() else None,
         RunLog(folder).records(EPOCH),
     )
+
+
+def kept() -> list[Attempt]:
+    """Those in the repository, by name."""
+    return [read(folder) for folder in sorted(FOLDER.iterdir()) if (folder / METRICS_FILE).exists()]
 
 
 def text(attempts: Sequence[Attempt]) -> str:
@@ -138,9 +144,8 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def main() -> int:
-    attempts = [read(folder) for folder in sorted(FOLDER.iterdir()) if (folder / METRICS_FILE).exists()]
-    before = DOCUMENT.read_text(encoding="utf-8").split(HEADING)[0].rstrip()
-    DOCUMENT.write_text(f"{before}\n\n{text(attempts)}", encoding="utf-8")
+    attempts = kept()
+    write_section(DOCUMENT, HEADING, text(attempts))
     draw(attempts, PICTURE)
     return 0
 

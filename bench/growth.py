@@ -18,6 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from bench.document import write_section
+
 DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
 PICTURE = DOCUMENT.parent / "growth.png"
 HEADING = "## Growth"
@@ -213,8 +215,7 @@ def main() -> int:
     if options.print:
         print(section)
         return 0
-    before = DOCUMENT.read_text(encoding="utf-8").split(HEADING)[0].rstrip()
-    DOCUMENT.write_text(f"{before}\n\n{section}", encoding="utf-8")
+    write_section(DOCUMENT, HEADING, section)
     draw(results, PICTURE)
     return 0
 

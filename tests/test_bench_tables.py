@@ -107,5 +107,4 @@ def test_attempts_of_a_speedrun(tmp_path):
 
 
 def test_the_kept_attempts_make_the_document():
-    kept = [attempts.read(folder) for folder in sorted(attempts.FOLDER.iterdir())]
-    assert attempts.DOCUMENT.read_text(encoding="utf-8").endswith(attempts.text(kept))
+    assert attempts.DOCUMENT.read_text(encoding="utf-8").endswith(attempts.text(attempts.kept()))
