@@ -15,7 +15,7 @@ setup(
     python_requires=">=3.10",
     # rsengine/kernels and rsengine/data are links to the top-level rooms, so the walk below finds them too.
     packages=find_packages(include=["rsengine", "rsengine.*"]),
-    package_data={"rsengine": ["py.typed", "recipes/*.toml"]},
+    package_data={"rsengine": ["py.typed", "recipes/*.toml"], "rsengine.kernels.native": ["*.c", "*.h"]},
     install_requires=[
         "torch>=2.12",
         "torchvision>=0.27",

@@ -21,17 +21,18 @@ PAIRS = 7
 
 
 def implementation(name: str, op: Callable, reference: Callable, compiled: Callable | None = None) -> Callable:
-    """The callable a row measures; skips the triton rows, with the reason, where they would run in the interpreter.
+    """The callable a row measures; skips the triton and native rows, with the reason, where they cannot run or would
+    run in the interpreter.
 
     ``compiled``: what the compile row gives to ``torch.compile``; the eager implementation unless another is named.
     """
     if name == "reference":
         return reference
-    if name == "triton":
+    if name in ("triton", "native"):
         reason = explain(op.__name__)
-        if ": triton on" not in reason:
+        if f": {name} on" not in reason:
             pytest.skip(reason)
-        return functools.partial(op, impl="triton")
+        return functools.partial(op, impl=name)
     eager = functools.partial(op, impl="eager")
     if name != "compile":
         return eager

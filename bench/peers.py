@@ -5,6 +5,7 @@ All take the same network, batch, optimiser, label smoothing and average as rsen
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -69,6 +70,12 @@ def rsengine_step(case: Case) -> tuple[Callable[[], None], TrainStep]:
     return lambda: step(images, labels), step
 
 
+def without_native(case: Case) -> Callable[[], None]:
+    """rsengine's step with batch norm by PyTorch's operators: what the passes in C give. For a process of its own."""
+    sys.modules["rsengine.kernels.batch_norm"].choose_native = lambda *_: "eager"
+    return rsengine_step(case)[0]
+
+
 class PlainLoop:
     """forward, loss, backward, SGD, average: a loop as a tutorial has it. Images come as normalised float32.
 
@@ -82,13 +89,16 @@ class PlainLoop:
         self.optimizer = torch.optim.SGD(model.parameters(), **SGD)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=SMOOTHING)
 
-    def __call__(self, images: Tensor, labels: Tensor) -> None:
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One step. Returns its loss, (), and its logits, (N, classes), detached."""
         self.optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            loss = self.criterion(self.model(images), labels)
+            logits = self.model(images)
+            loss = self.criterion(logits, labels)
         loss.backward()
         self.optimizer.step()
         self.average()
+        return loss.detach(), logits.detach()
 
 
 def timm_network(case: Case) -> nn.Module:
@@ -101,7 +111,7 @@ def timm_network(case: Case) -> nn.Module:
 
 def timm_loop(
     case: Case, *, channels_last: bool = False, autocast: bool = False, compile: bool = False
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """timm's resnetrs50 in a plain loop, with timm's average of the weights."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = timm_network(case).to(memory_format=layout)
@@ -113,7 +123,7 @@ def timm_loop(
     return lambda: loop(images, labels)
 
 
-def report_loop(case: Case) -> Callable[[], None]:
+def report_loop(case: Case) -> Callable[[], object]:
     """The report's loop with its settings: PIL augmentation an image at a time, float32, an average kept by name. The
     network is rsengine's, because most of the report's own got no gradient. No workers: they would share the cores."""
     network = resnet_rs(
@@ -175,7 +185,7 @@ def matmul_rate(side: int = 2048, dtype: torch.dtype = torch.bfloat16) -> Callab
     return run
 
 
-PEERS: dict[str, Callable[[Case], Callable[[], None]]] = {
+PEERS: dict[str, Callable[[Case], Callable[[], object]]] = {
     "timm, defaults (float32, NCHW)": timm_loop,
     "timm, channels_last": lambda case: timm_loop(case, channels_last=True),
     "timm, channels_last, bfloat16": lambda case: timm_loop(case, channels_last=True, autocast=True),
@@ -183,4 +193,5 @@ PEERS: dict[str, Callable[[Case], Callable[[], None]]] = {
         case, channels_last=True, autocast=True, compile=True
     ),
     "the report's loop": report_loop,
+    "rsengine without its C passes": without_native,
 }

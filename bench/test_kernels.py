@@ -5,6 +5,8 @@ import torch
 
 from bench.measure import DEVICE, IMPLEMENTATIONS, implementation, measure, rotation
 from rsengine.kernels import (
+    batch_norm,
+    batch_norm_squeeze_excite_residual,
     ema_update,
     label_smoothed_cross_entropy,
     reference,
@@ -48,6 +50,42 @@ def test_squeeze_excite_residual(benchmark, shape, with_backward, impl):
     eager = runner(implementation("eager", squeeze_excite_residual, reference.squeeze_excite_residual))
     # Read x and shortcut, write y; backward: read x, y and dy, write the gradients of x and shortcut. 2 bytes each.
     measure(benchmark, run, 2 * (3 + 5 * with_backward) * n * c * side * side, eager=eager)
+
+
+@pytest.mark.parametrize("impl", ["reference", "eager", "native"])
+@both_passes
+@pytest.mark.parametrize("shape", STAGES, ids=str)
+@pytest.mark.parametrize("op", [batch_norm, batch_norm_squeeze_excite_residual], ids=lambda op: op.__name__)
+def test_batch_norm(benchmark, op, shape, with_backward, impl):
+    n, c, side = shape
+    tail = op is batch_norm_squeeze_excite_residual
+    scale = [torch.randn(c, device=DEVICE) for _ in range(2)]
+    buffers = torch.zeros(c, device=DEVICE), torch.ones(c, device=DEVICE)
+    weights = [torch.randn(*s, device=DEVICE).mul_(0.05) for s in [(c // 4, c), (c // 4,), (c, c // 4), (c,)]]
+
+    def make():
+        x, shortcut, dy = (torch.randn(n, c, side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+        return [t.contiguous(memory_format=torch.channels_last) for t in (x, shortcut, dy)]
+
+    next_inputs = rotation(make)
+
+    def runner(function):
+        def run():
+            x, shortcut, dy = next_inputs()
+            with torch.autocast(DEVICE.type, torch.bfloat16), torch.set_grad_enabled(with_backward):
+                leaves = [t.requires_grad_(with_backward) for t in (x, *scale, *((*weights, shortcut) if tail else ()))]
+                rest = leaves[3:] if tail else [0.1, 1e-5, True]
+                y = function(*leaves[:3], *buffers, *rest)
+            if with_backward:
+                torch.autograd.grad(y, leaves, dy)
+
+        return run
+
+    run = runner(implementation(impl, op, getattr(reference, op.__name__)))
+    eager = runner(implementation("eager", op, getattr(reference, op.__name__)))
+    # The passes counted in kernels/batch_norm.py, of 2 bytes each.
+    passes = 4 + 8 * with_backward if tail else 3 + 5 * with_backward
+    measure(benchmark, run, 2 * passes * n * c * side * side, eager=eager)
 
 
 @every_implementation

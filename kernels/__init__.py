@@ -4,6 +4,7 @@ Imported as ``rsengine.kernels``. Knows torch only; importing it costs nothing e
 """
 
 from .augment import PolicyTables, augment_batch
+from .batch_norm import batch_norm, batch_norm_squeeze_excite_residual
 from .cross_entropy import label_smoothed_cross_entropy
 from .dispatch import explain
 from .ema import ema_update, sgd_ema_step
@@ -12,6 +13,8 @@ from .squeeze_excite import squeeze_excite, squeeze_excite_residual
 __all__ = [
     "PolicyTables",
     "augment_batch",
+    "batch_norm",
+    "batch_norm_squeeze_excite_residual",
     "ema_update",
     "explain",
     "label_smoothed_cross_entropy",

@@ -13,6 +13,9 @@ from torch import Tensor
 
 OPS = ("augment_batch", "squeeze_excite", "squeeze_excite_residual", "label_smoothed_cross_entropy")
 OPS += ("ema_update", "sgd_ema_step")
+NATIVE_OPS = ("batch_norm", "batch_norm_squeeze_excite_residual")  # in C for the CPU, PyTorch's operators elsewhere
+NATIVE_IMPLEMENTATIONS = ("auto", "native", "eager")
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 IMPLEMENTATIONS = ("auto", "triton", "eager")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # uint8: pixels
 OLDEST_CAPABILITY = (8, 0)  # Ampere: the oldest GPU the kernels are compiled for in the tests
@@ -49,9 +52,12 @@ def explain(op: str, device: torch.device | str | None = None) -> str:
     Raises:
         ValueError: ``op`` is not one of :data:`OPS`.
     """
-    if op not in OPS:
-        raise ValueError(f"op: expected one of {', '.join(OPS)}; got {op!r}")
+    if op not in OPS + NATIVE_OPS:
+        raise ValueError(f"op: expected one of {', '.join(OPS + NATIVE_OPS)}; got {op!r}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if op in NATIVE_OPS:
+        native, reason = _native_on(place.type)
+        return f"{op}: {'native' if native else 'eager'} on {place}, because {reason}"
     automatic, _, reason = _triton_on(place.type, place.index)
     return f"{op}: {'triton' if automatic else 'eager'} on {place}, because {reason}"
 
@@ -75,6 +81,41 @@ def choose(op: str, impl: str, tensor: Tensor) -> str:
     if not possible:
         raise RuntimeError(f"impl: 'triton' cannot run {op} here, because {reason}; use 'auto' or 'eager'")
     return "triton"
+
+
+def choose_native(op: str, impl: str, tensor: Tensor) -> str:
+    """``"native"`` or ``"eager"`` for an ``op`` of :data:`NATIVE_OPS` whose main input is ``tensor``.
+
+    Raises:
+        ValueError: ``impl`` is not one of :data:`NATIVE_IMPLEMENTATIONS`.
+        RuntimeError: ``impl="native"`` where it cannot run; the message says why.
+    """
+    if impl not in NATIVE_IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {', '.join(NATIVE_IMPLEMENTATIONS)}; got {impl!r}")
+    if impl == "eager":
+        return "eager"
+    if torch.compiler.is_compiling():
+        possible, reason = False, "torch.compile sees only PyTorch's operators"
+    elif tensor.dtype not in NATIVE_DTYPES:
+        possible, reason = False, f"the passes are written for float32 and bfloat16, and the input is {tensor.dtype}"
+    elif type(tensor) not in (Tensor, torch.nn.Parameter):
+        possible, reason = False, f"the input is a {type(tensor).__name__}, which has no memory to pass over"
+    elif not tensor.numel():
+        possible, reason = False, "the input is empty"
+    else:
+        possible, reason = _native_on(tensor.device.type)
+    if impl == "native" and not possible:
+        raise RuntimeError(f"impl: 'native' cannot run {op} here, because {reason}; use 'auto' or 'eager'")
+    return "native" if possible else "eager"
+
+
+def _native_on(device_type: str) -> tuple[bool, str]:
+    if device_type != "cpu":
+        return False, f"the passes are for the CPU, and the device type is {device_type!r}"
+    from .native.library import load
+
+    library, reason = load()
+    return library is not None, reason
 
 
 def _triton_on(device_type: str, index: int | None) -> tuple[bool, bool, str]:

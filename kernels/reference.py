@@ -30,6 +30,50 @@ def squeeze_excite_residual(
     return (shortcut + branch).clamp_min(0)
 
 
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = False,
+) -> Tensor:
+    """Ioffe & Szegedy, arXiv 1502.03167, algorithm 1. Must move: read x, write y; to read x once it would have to fit
+    a cache, so twice."""
+    n, c, h, w = x.shape
+    count = n * h * w
+    mean = x.sum(dim=(0, 2, 3)) / count
+    centred = x - mean.reshape(1, c, 1, 1)
+    variance = (centred * centred).sum(dim=(0, 2, 3)) / count
+    with torch.no_grad():
+        running_mean.copy_((1 - momentum) * running_mean + momentum * mean)
+        running_var.copy_((1 - momentum) * running_var + momentum * variance * count / (count - 1))
+    y = centred * (weight / torch.sqrt(variance + eps)).reshape(1, c, 1, 1) + bias.reshape(1, c, 1, 1)
+    return y.clamp_min(0) if relu else y
+
+
+def batch_norm_squeeze_excite_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    shortcut: Tensor,
+    keep_scale: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The two in turn. Must move: read x (twice, as batch norm) and shortcut, write y."""
+    x = batch_norm(x, weight, bias, running_mean, running_var, momentum, eps)
+    return squeeze_excite_residual(x, w1, b1, w2, b2, shortcut, keep_scale)
+
+
 def label_smoothed_cross_entropy(
     logits: Tensor, target: Tensor, smoothing: float = 0.0, reduction: str = "mean"
 ) -> tuple[Tensor, Tensor]:

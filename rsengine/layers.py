@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rsengine.kernels import batch_norm
+
 # Output pixels up to which the weight gradient of a 3x3 convolution is one matrix product over copied patches. Above,
 # copying the patches, nine times the map, costs more than it saves; with a stride there are fewer patches to copy.
 PATCH_PIXELS = {1: 16, 2: 64}
@@ -50,16 +52,18 @@ class Conv3x3(nn.Conv2d):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm. On the CPU maps of one pixel go in as vectors: their gradient is fourteen times faster."""
+    """Batch norm, with the ReLU after it where ``relu``: in training one operation of :mod:`rsengine.kernels`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.shape[2:] == (1, 1):
-            return super().forward(x.flatten(1))[:, :, None, None]
-        return super().forward(x)
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        if not self.training or self.momentum is None:
+            y = super().forward(x)
+            return F.relu(y) if relu else y
+        return batch_norm(x, *self.counted(), self.momentum, self.eps, relu)
 
-    def _check_input_dim(self, x: Tensor) -> None:
-        if x.dim() not in (2, 4):
-            raise ValueError(f"x: expected (N, C, H, W); got {tuple(x.shape)}")
+    def counted(self) -> tuple[Tensor, ...]:
+        """Count a batch; what the operations of :mod:`rsengine.kernels` take of this layer."""
+        self.num_batches_tracked.add_(1)
+        return self.weight, self.bias, self.running_mean, self.running_var
 
 
 class _WholeMap(torch.autograd.Function):

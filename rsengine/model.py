@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsengine.kernels import squeeze_excite_residual
+from rsengine.kernels import batch_norm_squeeze_excite_residual, squeeze_excite_residual
 from rsengine.layers import BatchNorm, Conv3x3, PointwiseConv
 
 # Blocks in each of the four stages. 26 is this project's small one; the others are the paper's.
@@ -50,10 +50,10 @@ class Stem(nn.Module):
         self.pool_conv, self.pool_bn = Conv3x3(2 * width, 2 * width, pool_stride), BatchNorm(2 * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        x = F.relu(self.bn3(self.conv3(x)))
-        return F.relu(self.pool_bn(self.pool_conv(x)))
+        x = self.bn1(self.conv1(x), relu=True)
+        x = self.bn2(self.conv2(x), relu=True)
+        x = self.bn3(self.conv3(x), relu=True)
+        return self.pool_bn(self.pool_conv(x), relu=True)
 
 
 class Shortcut(nn.Module):
@@ -78,6 +78,10 @@ class SqueezeExcite(nn.Module):
         super().__init__()
         self.reduce, self.expand = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
 
+    def weights(self) -> tuple[Tensor, ...]:
+        """In the order the operations take them."""
+        return self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias
+
 
 class Bottleneck(nn.Module):
     """1x1, 3x3 (with the stride) and 1x1 convolutions with batch norm; squeeze-and-excite; stochastic depth; sum."""
@@ -98,12 +102,13 @@ class Bottleneck(nn.Module):
         if self.training and self.drop_path > 0:
             keep = 1 - self.drop_path
             keep_scale = (torch.rand(x.shape[0], device=x.device) < keep).to(torch.float32) / keep
-        branch = F.relu(self.bn1(self.conv1(x)))
-        branch = F.relu(self.bn2(self.conv2(branch)))
-        branch = self.bn3(self.conv3(branch))
-        se = self.se
-        return squeeze_excite_residual(
-            branch, se.reduce.weight, se.reduce.bias, se.expand.weight, se.expand.bias, self.shortcut(x), keep_scale
+        branch = self.bn1(self.conv1(x), relu=True)
+        branch = self.bn2(self.conv2(branch), relu=True)
+        branch, shortcut, bn = self.conv3(branch), self.shortcut(x), self.bn3
+        if not self.training or bn.momentum is None:
+            return squeeze_excite_residual(bn(branch), *self.se.weights(), shortcut, keep_scale)
+        return batch_norm_squeeze_excite_residual(
+            branch, *bn.counted(), *self.se.weights(), shortcut, keep_scale, bn.momentum, bn.eps
         )
 
 

@@ -17,6 +17,7 @@ from rsengine.device import choose_execution
 from rsengine.display import duration
 from rsengine.files import write_atomically
 from rsengine.graph import explain_step
+from rsengine.kernels import explain
 from rsengine.records import write_records
 from rsengine.trainer import DivergedError, Trainer
 
@@ -106,6 +107,8 @@ def _announce(trainer: Trainer, dataset: Dataset, steps: str) -> None:
     height, width = dataset.image_size
     say(f"data: {dataset.name}, {dataset.train_count:,} train and {dataset.test_count:,} test images, {height}x{width}")
     say(f"compute: {execution.reason}; channels_last; {execution.threads} threads; {steps}")
+    if execution.device.type == "cpu":
+        say(f"layers: {explain('batch_norm', 'cpu')}")
     say(f"run: {recipe.name}, {recipe.train.epochs} epochs of {trainer.steps_per_epoch} steps, into {trainer.out}")
     if trainer.resumed:
         say(f"resumed at step {trainer.steps_done} of {trainer.total_steps}")

@@ -25,9 +25,41 @@ SE_TESTS, CE_TESTS, EMA_TESTS = (
     f"tests/kernels/jit/test_{name}.py" for name in ("squeeze_excite", "cross_entropy", "ema")
 )
 COMPILE_TESTS = "tests/kernels/test_compile.py"
+BN, PASSES, BN_TESTS = "kernels/batch_norm.py", "kernels/native/passes.h", "tests/kernels/test_batch_norm.py"
 
 # (what is wrong, file, the code as it is, the faulty code, the tests that must notice)
 FAULTS = [
+    (
+        "batch norm: blocks of rows are not joined",
+        PASSES,
+        "my_squares[c] += squares[c] + d * d * weight",
+        "my_squares[c] += squares[c]",
+        BN_TESTS,
+    ),
+    (
+        "batch norm: threads are not joined",
+        PASSES,
+        "their_squares[c] + d * d * weight",
+        "their_squares[c]",
+        BN_TESTS,
+    ),
+    (
+        "batch norm: bfloat16 by truncation",
+        "kernels/native/passes.c",
+        "bits + 0x7fff + ((bits >> 16) & 1)",
+        "bits",
+        BN_TESTS,
+    ),
+    ("batch norm: the shortcut's gradient passes the ReLU", PASSES, "STORE(g);", "STORE(LOAD(g_row[c]));", BN_TESTS),
+    ("batch norm: the squeeze has no gradient", BN, "(dsqueezed / pixels - sums / rows)", "(-sums / rows)", BN_TESTS),
+    ("batch norm: the running variance is biased", BN, "variance * (rows / (rows - 1))", "variance", BN_TESTS),
+    (
+        "batch norm: the gate's scale is left out of its sum",
+        BN,
+        "(dsqueezed, kept, total)",
+        "(dsqueezed, gate, total)",
+        BN_TESTS,
+    ),
     (
         "flip draws anew where it alternates",
         AUGMENT,

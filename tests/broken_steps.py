@@ -157,7 +157,7 @@ class HookInBackward(After):
         pass
 
 
-@caught_as(SYNCHRONISATION, "return super().forward(x)")  # of BatchNorm in layers.py
+@caught_as(SYNCHRONISATION, "y = super().forward(x)")  # of BatchNorm in layers.py
 class CumulativeBatchNorm(After):
     def prepare(self):
         self.model.stem.bn1.momentum = None  # PyTorch then computes 1 / count on the host

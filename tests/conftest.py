@@ -1,11 +1,13 @@
 """The small converted data set that tests of the loader and of whole runs share."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import rsengine.kernels  # noqa: F401  (loads the module below)
 from rsengine.data import Dataset, convert
 
 CLASSES = ("circle", "square", "stripes")
@@ -29,3 +31,9 @@ def toy_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     draw_classes(folder / "source" / "train", 50, seed=0)
     draw_classes(folder / "source" / "test", 7, seed=1)
     return convert(folder / "source", folder / "converted", progress=False, log=lambda line: None)
+
+
+@pytest.fixture
+def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch norm by PyTorch's operators, as on a GPU: a recorder of operators does not see the compiled passes."""
+    monkeypatch.setattr(sys.modules["rsengine.kernels.batch_norm"], "choose_native", lambda *_: "eager")

@@ -86,11 +86,17 @@ def test_kernels_import_torch_alone():
         assert outside <= allowed, f"{path.name}: {outside - allowed}"
 
 
+def test_the_compiled_passes_import_torch_and_the_standard_library():
+    for path in (ROOT / "kernels" / "native").glob("*.py"):
+        outside = {name.split(".")[0] for name in top_level_imports(path) if not name.startswith(".")}
+        assert outside <= {"torch", *sys.stdlib_module_names}, f"{path.name}: {outside}"
+
+
 def test_ops_import_neither_triton_code_nor_tools_at_the_top():
     for path in (ROOT / "kernels").glob("*.py"):
         if path.name not in TOOLS:
             inner = {name.lstrip(".").split(".")[0] for name in top_level_imports(path) if name.startswith(".")}
-            assert not inner & {"jit", *(name.removesuffix(".py") for name in TOOLS)}, f"{path.name}: {inner}"
+            assert not inner & {"jit", "native", *(name.removesuffix(".py") for name in TOOLS)}, f"{path.name}: {inner}"
 
 
 def test_importing_the_package_is_light():

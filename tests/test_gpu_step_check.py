@@ -11,6 +11,8 @@ from rsengine.gpu_step_check import Interval, check_step, difference, idle_share
 from rsengine.kernels import augment_eager
 from tests.graph_simulator import ReplayRecorder
 
+pytestmark = pytest.mark.usefixtures("no_native")
+
 COPY, KERNEL = True, False
 
 

@@ -19,6 +19,8 @@ from rsengine.step import TrainStep
 from tests.graph_simulator import CaptureError, ReplayRecorder
 from tests.test_step import FP32, MEAN, STD, batches
 
+pytestmark = pytest.mark.usefixtures("no_native")
+
 CPU, BF16 = torch.device("cpu"), Execution(torch.device("cpu"), torch.bfloat16, 1, "test")
 SIZE = 8, (16, 16)
 

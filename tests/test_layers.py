@@ -106,7 +106,7 @@ def test_batch_norm_is_torchs_buffers_and_all(size, training):
 
 
 def test_batch_norm_refuses_other_shapes():
-    with pytest.raises(ValueError, match=r"expected \(N, C, H, W\)"):
+    with pytest.raises(ValueError, match=r"expected floating point \(N, C, H, W\)"):
         BatchNorm(3)(torch.randn(2, 3, 4))
 
 

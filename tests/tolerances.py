@@ -12,6 +12,7 @@ ABSOLUTE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-2, tor
 def assert_close(actual: Tensor, truth: Tensor, *, scale: float = 1.0, eager: Tensor | None = None) -> None:
     """Compare with the float64 ``truth``; ``scale`` is the size of the numbers, ``eager`` another result to beat."""
     actual, truth = actual.detach(), truth.detach()
+    eager = eager if eager is None else eager.detach()
     assert actual.shape == truth.shape
     assert truth.dtype == torch.float64
     allowed = ABSOLUTE[actual.dtype] * scale

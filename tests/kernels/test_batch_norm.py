@@ -1,0 +1,239 @@
+"""Batch norm and the tail of a bottleneck: C passes and eager against the reference in float64."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rsengine.kernels import batch_norm, batch_norm_squeeze_excite_residual, reference
+from tests.tolerances import assert_close
+
+# (images, channels, height, width): one pixel; odd everything; fewer rows than threads and than a block; more than one
+# block an image; channels on either side of a vector's length.
+SHAPES = [(2, 8, 1, 1), (3, 5, 1, 2), (1, 7, 3, 5), (5, 17, 4, 4), (4, 33, 9, 16), (2, 64, 17, 11), (64, 16, 2, 2)]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def random(*shape, seed=0, scale=1.0, shift=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * scale + shift
+
+
+def maps(shape, dtype, **numbers):
+    """Numbers that ``dtype`` holds exactly, so that the float64 reference sees the same."""
+    return random(*shape, **numbers).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def inputs(shape, dtype, tail):
+    channels = shape[1]
+    hidden = max(1, channels // 4)
+    tensors = {
+        "x": maps(shape, dtype, seed=1, scale=2.0, shift=0.5),
+        "weight": random(channels, seed=2).float(),
+        "bias": random(channels, seed=3).float(),
+    }
+    if tail:
+        tensors |= {
+            "w1": random(hidden, channels, seed=4).float(),
+            "b1": random(hidden, seed=5).float(),
+            "w2": random(channels, hidden, seed=6).float(),
+            "b2": random(channels, seed=7).float(),
+            "shortcut": maps(shape, dtype, seed=8),
+        }
+    return tensors
+
+
+def run(function, tensors, dy, exact, **options):
+    """Output, gradients and buffers of an op on its own copies, in float64 if ``exact``."""
+    leaves = {k: (t.double() if exact else t.clone()).requires_grad_() for k, t in tensors.items()}
+    channels = tensors["weight"].shape[0]
+    kind = torch.float64 if exact else torch.float32
+    buffers = torch.full((channels,), 0.25, dtype=kind), torch.full((channels,), 2.0, dtype=kind)
+    names = list(leaves)
+    arguments = [leaves[n] for n in names]
+    y = function(*arguments[:3], *buffers, *arguments[3:], **options)
+    y.backward(dy.double() if exact else dy)
+    found = {"y": y, "running_mean": buffers[0], "running_var": buffers[1]}
+    return found | {"d" + n: leaves[n].grad for n in names}
+
+
+def compare(function, truth, shape, dtype, tail, **options):
+    tensors, dy = inputs(shape, dtype, tail), maps(shape, dtype, seed=9)
+    expected = run(truth, tensors, dy, True, **options)
+    eager = run(function, tensors, dy, False, impl="eager", **options)
+    native = run(function, tensors, dy, False, impl="native", **options)
+    for name, value in native.items():
+        assert value.dtype == eager[name].dtype, name
+        scale = max(1.0, float(expected[name].detach().abs().max()))
+        assert_close(value, expected[name], scale=scale, eager=eager[name])
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_batch_norm(shape, dtype, relu):
+    compare(batch_norm, reference.batch_norm, shape, dtype, False, relu=relu, momentum=0.3, eps=1e-3)
+
+
+@pytest.mark.parametrize("depth", [False, True], ids=["", "stochastic depth"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tail(shape, dtype, depth):
+    keep = torch.tensor([0.0, 1.25])[torch.arange(shape[0]) % 2] if depth else None
+    compare(
+        batch_norm_squeeze_excite_residual,
+        reference.batch_norm_squeeze_excite_residual,
+        shape,
+        dtype,
+        True,
+        keep_scale=keep,
+        momentum=0.3,
+        eps=1e-3,
+    )
+
+
+@pytest.mark.parametrize("tail", [False, True], ids=["batch norm", "tail"])
+def test_a_large_mean_costs_no_more_precision_than_eager(tail):
+    """Squares of a mean of 100 would leave a variance of 1 three digits in float32."""
+    tensors, dy = inputs((8, 16, 8, 8), torch.float32, tail), maps((8, 16, 8, 8), torch.float32, seed=9)
+    tensors["x"] = tensors["x"] + 100
+    function = batch_norm_squeeze_excite_residual if tail else batch_norm
+    truth = run(getattr(reference, function.__name__), tensors, dy, True)
+    eager, native = (run(function, tensors, dy, False, impl=impl) for impl in ("eager", "native"))
+    for name, value in native.items():
+        assert_close(value, truth[name], scale=50 if name == "running_mean" else 10, eager=eager[name])
+
+
+def test_nan_stays_nan_and_infinity_reaches_the_output():
+    x = maps((4, 8, 4, 4), torch.bfloat16)
+    x[0, 3, 1, 1], x[1, 5, 0, 0] = float("nan"), float("inf")
+    ones, zeros = torch.ones(8), torch.zeros(8)
+    found = batch_norm(x, ones, zeros, zeros.clone(), ones.clone(), relu=True, impl="native")
+    assert found[:, 3].isnan().all() and found[:, 5].isnan().any() and found[:, [0, 1, 2, 4, 6, 7]].isfinite().all()
+
+
+def test_outputs_are_written_whole(monkeypatch):
+    """Whatever lies in the memory an output gets: every allocation is filled with NaN first."""
+    real = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: real(*a, **k).fill_(float("nan")))
+    for tail in (False, True):
+        function = batch_norm_squeeze_excite_residual if tail else batch_norm
+        found = run(function, inputs((3, 9, 5, 7), torch.bfloat16, tail), maps((3, 9, 5, 7), torch.bfloat16), False)
+        assert all(value.isfinite().all() for value in found.values())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_any_number_of_threads_and_the_same_bits_each_time(threads):
+    before = torch.get_num_threads()
+    tensors, dy = inputs((5, 24, 9, 9), torch.float32, True), maps((5, 24, 9, 9), torch.float32)
+    truth = run(reference.batch_norm_squeeze_excite_residual, tensors, dy, True)
+    try:
+        torch.set_num_threads(threads)
+        first, second = (run(batch_norm_squeeze_excite_residual, tensors, dy, False, impl="native") for _ in range(2))
+    finally:
+        torch.set_num_threads(before)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        assert_close(value, truth[name], scale=20)
+
+
+def test_contiguous_inputs_and_gradients_give_the_same():
+    tensors, dy = inputs((3, 6, 4, 5), torch.float32, True), maps((3, 6, 4, 5), torch.float32)
+    expected = run(batch_norm_squeeze_excite_residual, tensors, dy, False, impl="native")
+    tensors["x"], tensors["shortcut"] = tensors["x"].contiguous(), tensors["shortcut"].contiguous()
+    found = run(batch_norm_squeeze_excite_residual, tensors, dy.contiguous(), False, impl="native")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_under_autocast_the_tail_is_as_near_as_eager():
+    tensors, dy = inputs((8, 32, 4, 4), torch.bfloat16, True), maps((8, 32, 4, 4), torch.bfloat16, seed=9)
+    truth = run(reference.batch_norm_squeeze_excite_residual, tensors, dy, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager, native = (
+            run(batch_norm_squeeze_excite_residual, tensors, dy, False, impl=impl) for impl in ("eager", "native")
+        )
+    for name, value in native.items():
+        assert_close(value, truth[name], scale=max(1.0, float(truth[name].detach().abs().max())), eager=eager[name])
+
+
+def test_where_native_cannot_run_it_says_why_and_auto_is_eager():
+    ones, zeros = torch.ones(4), torch.zeros(4)
+
+    def normalise(x, impl):
+        return batch_norm(x, ones.to(x.dtype), zeros.to(x.dtype), zeros.to(x.dtype), ones.to(x.dtype), impl=impl)
+
+    for x, reason in [
+        (torch.randn(2, 4, 3, 3, dtype=torch.float64), "float64"),
+        (torch.randn(0, 4, 3, 3), "empty"),
+        (torch.randn(2, 4, 3, 3, device="meta"), "meta"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"impl: 'native' cannot run batch_norm here, because .*{reason}"):
+            normalise(x, "native")
+        if x.device.type == "cpu" and x.numel():
+            expected = F.batch_norm(x, None, None, ones.double(), zeros.double(), True)
+            torch.testing.assert_close(normalise(x, "auto"), expected)
+    with pytest.raises(ValueError, match="impl: expected one of auto, native, eager; got 'triton'"):
+        normalise(torch.randn(2, 4, 3, 3), "triton")
+
+
+def test_arguments_that_do_not_fit_are_named():
+    x, ones, zeros = torch.randn(2, 4, 3, 3), torch.ones(4), torch.zeros(4)
+    with pytest.raises(ValueError, match=r"x: expected floating point \(N, C, H, W\); got torch.float32 \(4, 3\)"):
+        batch_norm(x[0, :, :, 0], ones, zeros, zeros, ones)
+    with pytest.raises(ValueError, match=r"running_var: expected \(4,\); got \(3,\)"):
+        batch_norm(x, ones, zeros, zeros, torch.ones(3))
+    with pytest.raises(ValueError, match=r"x: expected more than one value a channel"):
+        batch_norm(torch.randn(1, 4, 1, 1), ones, zeros, zeros, ones)
+    with pytest.raises(ValueError, match=r"shortcut: expected the shape of x"):
+        weights = torch.ones(1, 4), torch.ones(1), torch.ones(4, 1), torch.ones(4)
+        batch_norm_squeeze_excite_residual(x, ones, zeros, zeros, ones, *weights, x[:1])
+
+
+def test_torch_compile_takes_pytorchs_operators():
+    tensors, dy = inputs((4, 8, 3, 3), torch.float32, True), maps((4, 8, 3, 3), torch.float32)
+    expected = run(batch_norm_squeeze_excite_residual, tensors, dy, False, impl="native")
+    torch.compiler.reset()
+    compiled = torch.compile(batch_norm_squeeze_excite_residual, fullgraph=True, dynamic=False, backend="aot_eager")
+    found = run(compiled, tensors, dy, False)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+SCRIPT = """
+import torch
+from rsengine.kernels import batch_norm, explain
+print(explain("batch_norm", "cpu"))
+x, ones, zeros = torch.randn(2, 4, 3, 3), torch.ones(4), torch.zeros(4)
+y = batch_norm(x, ones, zeros, zeros.clone(), ones.clone())
+assert torch.allclose(y, torch.nn.functional.batch_norm(x, None, None, ones, zeros, True), atol=1e-5)
+"""
+
+
+def explained(monkeypatch, cache, compiler=None):
+    """What a new process says of the op, after using it."""
+    monkeypatch.setenv("RSENGINE_CACHE", str(cache))
+    if compiler:
+        monkeypatch.setenv("CC", str(compiler))
+    return subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True).stdout
+
+
+def test_the_library_is_compiled_once_and_kept(monkeypatch, tmp_path):
+    assert "native on cpu, because" in explained(monkeypatch, tmp_path)
+    (library,) = (tmp_path / "native").iterdir()
+    written = library.stat().st_mtime_ns
+    explained(monkeypatch, tmp_path)
+    assert [p.stat().st_mtime_ns for p in (tmp_path / "native").iterdir()] == [written]
+
+
+def test_without_a_working_compiler_it_is_eager_and_says_so(monkeypatch, tmp_path):
+    assert "eager on cpu, because the compiled passes cannot be kept or loaded" in explained(
+        monkeypatch, tmp_path, tmp_path / "missing-compiler"
+    )
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho 'x.c:1: error: out of luck' >&2; exit 1\n")
+    broken.chmod(0o755)
+    answer = explained(monkeypatch, tmp_path, broken)
+    assert answer.startswith("batch_norm: eager on cpu, because") and "error: out of luck" in answer
+    assert not list((tmp_path / "native").iterdir())
