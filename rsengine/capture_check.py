@@ -32,7 +32,7 @@ from rsengine.graph import Step, static_batch
 from rsengine.kernels.dispatch import assume_triton
 from rsengine.preprocess import Preprocess
 from rsengine.resident import ResidentData
-from rsengine.step import TrainStep
+from rsengine.step import TrainStep, image_sizes
 from rsengine.trace import Halt, HostReads, Operand, Operation, Trace, contained_hooks, storage_of
 from rsengine.weights import build_model
 
@@ -124,6 +124,7 @@ def build_step(
         normalise = {"preprocess": None if mixes else preprocess, "dtype": execution.autocast_dtype or torch.float32}
         inputs, resident = (), ResidentData(*data, train.batch_size, recipe.augment, mean, **lengths, **normalise)
     step = kind(model, recipe, preprocess, execution, steps_per_epoch, resident=resident, keep_gradients=True)
+    step.image_size = image_sizes(recipe, image_size)[0]
     return step, inputs
 
 

@@ -191,6 +191,9 @@ class TrainSection:
         1, 1, integer=True, help="parts a batch goes through the network in, gradients summed; batch norm sees one part"
     )
     eval_batch_size: int = _number(500, 1, integer=True, help="images a batch in evaluation")
+    evaluate_every: int = _number(1, 1, integer=True, help="epochs from one evaluation to the next; the last has one")
+    start_scale: float = _number(1.0, 0.1, 1.0, help="side of training images in the first epoch over their full one")
+    full_scale_from: float = _number(0.6, 0.0, 1.0, help="fraction of the run after which images have their full size")
     label_smoothing: float = _number(0.1, 0.0, 1.0, help="label smoothing")
     seed: int = _number(0, 0, 2**31 - 1, integer=True, help="seed of weights, order, augmentation and dropout")
     loader: str = _choice("ffcv", LOADERS, help="batches from FFCV, or gathered from the whole set on the device")

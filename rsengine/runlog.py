@@ -14,9 +14,10 @@ Every record has ``kind`` and ``step`` (optimiser steps done when it was written
     One a log interval: ``epoch`` (float, epochs done), ``train_loss`` and ``train_accuracy`` (over the interval),
     ``learning_rate``, ``images_per_second``, ``seconds`` (training time so far).
 ``epoch``
-    One an epoch: ``epoch`` (int, epochs completed), ``train_loss``, ``train_accuracy``, ``test_loss``,
-    ``test_accuracy``, ``test_loss_ema``, ``test_accuracy_ema``, ``learning_rate``, ``images_per_second``, ``seconds``
-    (training time so far, evaluation included, summed over resumes), ``epoch_seconds``, ``eval_seconds``.
+    One an evaluated epoch: ``epoch`` (int, epochs completed), ``train_loss`` and ``train_accuracy`` (over the epochs
+    since the record before), ``test_loss``, ``test_accuracy``, ``test_loss_ema``, ``test_accuracy_ema``,
+    ``learning_rate``, ``images_per_second``, ``seconds`` (training time so far, evaluation included, summed over
+    resumes), ``epoch_seconds`` (of training, since the record before), ``eval_seconds``.
 """
 
 from __future__ import annotations

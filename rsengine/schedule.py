@@ -1,6 +1,7 @@
-"""Learning rate and EMA decay as tables over the optimiser steps of a run. Pure functions: no state, no torch.
+"""Learning rate and EMA decay as tables over the optimiser steps of a run, image sizes over its epochs.
 
-A table can be checked value by value, drawn before a run, and put on a device where a step reads it by its own counter.
+Pure functions: no state, no torch. A table can be checked value by value, drawn before a run, and put on a device
+where a step reads it by its own counter.
 """
 
 from __future__ import annotations
@@ -84,6 +85,22 @@ def ema_decay_table(decay: float, steps: int, *, warmup: bool = True) -> np.ndar
     """
     n = np.arange(steps, dtype=np.float64)
     return np.minimum(decay, (1 + n) / (10 + n)) if warmup else np.full(steps, float(decay))
+
+
+def image_size_table(
+    full: tuple[int, int], epochs: int, *, start_scale: float, full_from: float
+) -> list[tuple[int, int]]:
+    """The height and width of training images in every epoch: progressive resizing (Howard et al., fast.ai, 2018).
+
+    Sides grow linearly with the epochs from ``start_scale`` of ``full`` to all of it at ``full_from`` of the run, in
+    multiples of eight pixels, rounded down, so that a network can halve them three times without a rest.
+    """
+    sizes = []
+    for epoch in range(epochs):
+        progress = epoch / (full_from * epochs) if full_from else 1.0
+        scale = start_scale + (1 - start_scale) * progress
+        sizes.append(full if scale >= 1 else tuple(max(8, int(side * scale) // 8 * 8) for side in full))
+    return sizes
 
 
 def _half_cosine(progress: np.ndarray) -> np.ndarray:

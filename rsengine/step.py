@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rsengine.config import Recipe
@@ -20,7 +21,7 @@ from rsengine.kernels import ema_update, label_smoothed_cross_entropy, sgd_ema_s
 from rsengine.mix import Mix, soft_targets
 from rsengine.muon import Muon
 from rsengine.preprocess import Preprocess
-from rsengine.schedule import ema_decay_table, learning_rate_table
+from rsengine.schedule import ema_decay_table, image_size_table, learning_rate_table
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class TrainStep:
             weights. Otherwise each backward pass allocates its own.
 
     Attributes:
+        image_size: height and width to which images are resized before the network; ``None``: they stay as they are. A
+            captured step keeps the size it was captured with.
         model: the trained network.
         ema_model: the same network holding the averages of its weights and BN buffers, in evaluation mode; or ``None``.
         counter: () int64, the steps done.
@@ -68,6 +71,7 @@ class TrainStep:
         self.model = model.to(device, memory_format=torch.channels_last).train()
         self.preprocess, self.execution, self.resident = preprocess, execution, resident
         self.prepared = getattr(resident, "prepared", False)
+        self.image_size: tuple[int, int] | None = None
         self.keep_gradients, self.micro_batches = keep_gradients, recipe.train.micro_batches
         self.label_smoothing = recipe.train.label_smoothing
         self.momentum, self.nesterov = recipe.optimizer.momentum, recipe.optimizer.nesterov
@@ -138,8 +142,11 @@ class TrainStep:
 
     def _accumulate(self, images: Tensor, labels: Tensor, others: Tensor, share: Tensor | None) -> None:
         """Add one part's gradient and metrics."""
+        images = images if self.prepared else self.preprocess(images)
+        if self.image_size is not None:
+            images = resized(images, self.image_size)
         with self.execution.autocast(cache=not self.keep_gradients):
-            logits = self.model(images if self.prepared else self.preprocess(images))
+            logits = self.model(images)
         target = labels if share is None else soft_targets(labels, others, share, logits.shape[1])
         loss, correct = label_smoothed_cross_entropy(logits, target, self.label_smoothing)
         loss.backward(self.part)
@@ -245,6 +252,19 @@ class TrainStep:
         self.first_bad.copy_(state["first_bad"])
         for accumulator in self._accumulators():
             accumulator.zero_()
+
+
+def image_sizes(recipe: Recipe, full: tuple[int, int]) -> list[tuple[int, int] | None]:
+    """To what the step resizes the images of each epoch, ``None`` where they have their ``full`` size."""
+    train = recipe.train
+    table = image_size_table(full, train.epochs, start_scale=train.start_scale, full_from=train.full_scale_from)
+    return [None if size == full else size for size in table]
+
+
+def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, C, H, W) floating point to ``size``, height and width: bilinear, antialiased. The result is float32."""
+    small = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True)
+    return small.contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()

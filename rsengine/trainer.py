@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from rsengine.files import atomic_path
 from rsengine.graph import CapturedStep, CudaRecorder, choose_step, static_batch, uses_graph
 from rsengine.preprocess import Preprocess
 from rsengine.signals import StopRequest, stop_requests
-from rsengine.step import TrainStep
+from rsengine.step import TrainStep, image_sizes
 from rsengine.weights import build_model, save_weights
 
 
@@ -35,13 +35,13 @@ class DivergedError(RuntimeError):
 
 @dataclass
 class Progress:
-    """Where a run stands: with the recipe, all that decides which batch comes next, and the epoch's sums so far."""
+    """Where a run stands: with the recipe, all that decides which batch comes next, and sums since an evaluation."""
 
     epoch: int = 0  # epochs completed
     batch: int = 0  # batches done in the epoch under way
     seconds: float = 0.0  # of training and evaluation, over all processes that worked on the run
-    epoch_seconds: float = 0.0
-    loss: float = 0.0  # sum over the images of the epoch under way
+    epoch_seconds: float = 0.0  # of training, since the last evaluation
+    loss: float = 0.0  # sum over the images since the last evaluation
     correct: int = 0
     images: int = 0
 
@@ -73,6 +73,7 @@ class Trainer:
         preprocess = Preprocess(dataset.mean, dataset.std, execution.device)
         self.batches = open_batches(recipe, dataset, execution, preprocess)
         self.steps_per_epoch = self.batches.steps_per_epoch
+        self.image_sizes = image_sizes(recipe, dataset.image_size)
         classes = len(dataset.classes)
         self.step = TrainStep(
             build_model(recipe, classes),
@@ -112,10 +113,14 @@ class Trainer:
             DivergedError: the loss or a weight stopped being finite.
         """
         train = self.recipe.train
-        step = self._choose_step()
+        step = None
         display = Display(self.total_steps, self.steps_done, train.epochs, train.batch_size, self.say)
         with contextlib.closing(display), stop_requests() as stop:
             while self.progress.epoch < train.epochs:
+                size = self.image_sizes[self.progress.epoch]
+                if step is None or size != self.step.image_size:
+                    self.step.image_size = size
+                    step = self._choose_step(first=step is None)
                 if not self._train_epoch(step, display, stop):
                     self.save()
                     return stop.signal
@@ -124,16 +129,18 @@ class Trainer:
                     return stop.signal
         return 0
 
-    def _choose_step(self) -> Callable[..., None]:
-        """What the loop calls for each step. Captures before any loader runs: its thread may use the GPU, and a capture
-        refuses that."""
+    def _choose_step(self, first: bool) -> Callable[..., None]:
+        """What the loop calls for each step while images have one size. Captures while no loader runs: its thread may
+        use the GPU, and a capture refuses that."""
         device, train = self.execution.device, self.recipe.train
         inputs = self.batches.static_inputs(device) if self.graph else ()
-        if self.graph:
+        if self.graph and first:
             batch = static_batch(train.eval_batch_size, self.dataset.image_size, device)
             with self.evaluation.evaluation_mode():
                 self.captured_evaluation = CapturedStep(self.evaluation, batch, CudaRecorder(device))
-        return choose_step(self.step, self.execution, inputs, graph=self.graph, compile=self.compile, say=None)
+        return choose_step(
+            self.step, self.execution, inputs, graph=self.graph, compile=self.compile and first, say=None
+        )
 
     def _train_epoch(self, step: Callable[..., None], display: Display, stop: StopRequest) -> bool:
         """The rest of the epoch under way. False: stopped before its end."""
@@ -167,8 +174,12 @@ class Trainer:
         return True
 
     def _finish_epoch(self, display: Display) -> None:
-        """Evaluate, record, and keep the best."""
-        progress = self.progress
+        """Evaluate where that is due, record, and keep the best."""
+        progress, train = self.progress, self.recipe.train
+        if (progress.epoch + 1) % train.evaluate_every and progress.epoch + 1 < train.epochs:
+            self.progress = replace(progress, epoch=progress.epoch + 1, batch=0)  # its sums go on
+            self.save()
+            return
         started = time.perf_counter()
         self.evaluate()
         eval_seconds = time.perf_counter() - started

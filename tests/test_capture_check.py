@@ -34,6 +34,8 @@ OPTIONS = {
     "no average": ["ema.enabled=false"],
     "muon": ["optimizer.name=muon"],
     "no momentum": ["optimizer.momentum=0.0", "optimizer.nesterov=false"],
+    "resized": ["train.start_scale=0.5"],
+    "resized resident": ["train.start_scale=0.5", "train.loader=resident"],
     "resident": ["train.loader=resident", "augment.cutout_holes=2"],
     "all at once": [
         *("train.loader=resident", "train.micro_batches=4", "optimizer.clip_norm=1.0", "augment.mixup_alpha=0.2"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rsengine.schedule import SCHEDULES, ema_decay_table, learning_rate_table
+from rsengine.schedule import SCHEDULES, ema_decay_table, image_size_table, learning_rate_table
 
 PER_EPOCH = 10
 
@@ -92,6 +92,15 @@ def test_wrong_arguments_are_named(arguments, words):
         learning_rate_table(
             **({"name": "cosine", "learning_rate": 0.1, "epochs": 10, "steps_per_epoch": 5} | arguments)
         )
+
+
+def test_image_sizes_grow_in_eights_to_the_full_size():
+    sizes = image_size_table((32, 32), 9, start_scale=0.5, full_from=2 / 3)
+    assert sizes == [(16, 16)] * 3 + [(24, 24)] * 3 + [(32, 32)] * 3
+    assert image_size_table((36, 20), 4, start_scale=0.5, full_from=0.5) == [(16, 8), (24, 8), (36, 20), (36, 20)]
+    assert image_size_table((28, 28), 3, start_scale=1.0, full_from=0.6) == [(28, 28)] * 3
+    assert image_size_table((32, 32), 3, start_scale=0.5, full_from=0.0) == [(32, 32)] * 3
+    assert image_size_table((32, 32), 2, start_scale=0.5, full_from=1.0)[-1] == (24, 24)
 
 
 def test_ema_decay_warms_up():

@@ -25,6 +25,7 @@ from rsengine.config import Recipe
 from rsengine.data.reader import BetonReader
 from rsengine.feed import Feeder, TensorBuffers
 from rsengine.graph import CapturedStep
+from rsengine.model import ResNetRS
 from rsengine.predict import predict
 from rsengine.preprocess import Preprocess
 from rsengine.runlog import RunLog
@@ -329,7 +330,7 @@ class ImmediateLanes:
 
 
 @pytest.fixture
-def graphs_on_the_cpu(monkeypatch):
+def graphs_on_the_cpu(monkeypatch, no_native):
     """A run takes the path it takes on a GPU, through the feeder and captured steps; gives what was captured."""
     captured = []
 
@@ -344,11 +345,14 @@ def graphs_on_the_cpu(monkeypatch):
     return captured
 
 
-@pytest.mark.parametrize("loader", ["ffcv", "resident"])
+@pytest.mark.parametrize(
+    ("loader", "scale"), [("ffcv", 1.0), ("resident", 1.0), ("ffcv", 0.5)], ids=["ffcv", "resident", "growing images"]
+)
 def test_a_captured_run_stopped_and_resumed_equals_a_plain_one_bit_for_bit(
-    toy, monkeypatch, capsys, graphs_on_the_cpu, loader
+    toy, monkeypatch, capsys, graphs_on_the_cpu, loader, scale
 ):
-    assert toy("--no-graph", out="plain") == 0 and not graphs_on_the_cpu
+    growing = ["--set", f"train.start_scale={scale}"]  # 16, 24, then 32 pixels a side
+    assert toy(*growing, "--no-graph", out="plain") == 0 and not graphs_on_the_cpu
     plain = CapturedStep.__call__
 
     def stopping(self, *inputs):
@@ -356,13 +360,15 @@ def test_a_captured_run_stopped_and_resumed_equals_a_plain_one_bit_for_bit(
         if isinstance(self.step, TrainStep) and int(self.step.counter) == 13:
             os.kill(os.getpid(), signal.SIGINT)
 
-    settings = ["--set", f"train.loader={loader}"]
+    settings = [*growing, "--set", f"train.loader={loader}"]
     with monkeypatch.context() as patch:
         patch.setattr(CapturedStep, "__call__", stopping)
         assert toy(*settings, out="captured") == 130
-    assert len(graphs_on_the_cpu) == 2  # the step and the evaluation
+    graphs = 2 + (scale < 1)  # the step, the evaluation, and the step for images of another size
+    assert len(graphs_on_the_cpu) == graphs
     assert "each step one CUDA-graph replay" in capsys.readouterr().out
     assert toy(*settings, "--resume", out="captured") == 0
+    assert len(graphs_on_the_cpu) == 2 * graphs
     a, b = state_of("plain"), state_of("captured")
     assert_same_tensors(a["step"], b["step"])
     assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
@@ -371,6 +377,45 @@ def test_a_captured_run_stopped_and_resumed_equals_a_plain_one_bit_for_bit(
             y[k] for k in ("step", "test_loss", "test_loss_ema")
         ]
     assert [r["graph"] for r in RunLog(Path("captured")).records("start")] == [True, True]
+
+
+def test_evaluation_every_other_epoch_changes_nothing_but_the_records(toy, monkeypatch):
+    assert toy(out="each") == 0
+    plain = Trainer.save
+
+    def stopping(self):
+        plain(self)
+        if self.steps_done == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    every = ["--set", "train.evaluate_every=2"]
+    with monkeypatch.context() as patch:  # stopped after an epoch that has no evaluation
+        patch.setattr(Trainer, "save", stopping)
+        assert toy(*every, out="other") == 130
+    assert not RunLog(Path("other")).records("epoch")
+    assert toy(*every, "--resume", out="other") == 0
+    assert_same_tensors(state_of("each")["step"], state_of("other")["step"])
+    each, other = (RunLog(Path(out)).records("epoch") for out in ("each", "other"))
+    assert [record["epoch"] for record in other] == [2, 3]  # the last one is always measured
+    assert [record["test_loss_ema"] for record in other] == [each[1]["test_loss_ema"], each[2]["test_loss_ema"]]
+    assert other[0]["train_loss"] == pytest.approx((each[0]["train_loss"] + each[1]["train_loss"]) / 2, rel=1e-9)
+    assert other[1]["train_loss"] == pytest.approx(each[2]["train_loss"], rel=1e-9)
+    assert Path("other/report.md").exists() and Path("other/curves.png").exists()
+
+
+def test_images_grow_over_the_run(toy, monkeypatch):
+    seen = []
+    plain = ResNetRS.forward
+
+    def watched(self, x):
+        if x.device.type == "cpu":  # not those of the summary
+            seen.append((self.training, tuple(x.shape[2:])))
+        return plain(self, x)
+
+    monkeypatch.setattr(ResNetRS, "forward", watched)
+    assert toy("--set", "train.start_scale=0.5") == 0
+    assert [size for training, size in seen if training] == [(s, s) for s in (16, 24, 32) for _ in range(9)]
+    assert {size for training, size in seen if not training} == {(32, 32)}
 
 
 def test_a_resident_run_equals_a_streamed_one(toy):
