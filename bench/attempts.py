@@ -1,13 +1,18 @@
-"""`python -m bench.attempts`: the runs kept in docs/attempts/ as the tables and the picture of docs/speedrun.md.
+"""`python -m bench.attempts`: the runs kept in docs/attempts/ and docs/test-set/ as the end of docs/speedrun.md.
 
-An attempt is a folder with what a run wrote: ``metrics.jsonl`` and, where rsengine ran it, ``recipe.toml``. To add one:
+A kept run is a folder with what a run wrote: ``metrics.jsonl`` and, where rsengine ran it, ``recipe.toml``. Attempts
+are of the validation split; to add one:
 
-    python -m rsengine.train --recipe … --out attempt && mkdir docs/attempts/NAME
+    python -m rsengine.train --data validation --recipe … --out attempt && mkdir docs/attempts/NAME
     cp attempt/metrics.jsonl attempt/recipe.toml docs/attempts/NAME && python -m bench.attempts
+
+`python -m bench.speedrun` makes the runs of the test set and adds them.
 """
 
 from __future__ import annotations
 
+import re
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +23,9 @@ from rsengine.config import Recipe
 from rsengine.runlog import EPOCH, METRICS_FILE, RunLog
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "speedrun.md"
-FOLDER, PICTURE = DOCUMENT.parent / "attempts", DOCUMENT.parent / "speedrun.png"
-HEADING = "## Attempts"
+ATTEMPTS, TEST_SET = DOCUMENT.parent / "attempts", DOCUMENT.parent / "test-set"
+PICTURES = {ATTEMPTS: DOCUMENT.parent / "speedrun.png", TEST_SET: DOCUMENT.parent / "test-set.png"}
+HEADING = "## On the test set"
 MINUTES = (5, 10, 20, 40, 60)
 
 
@@ -30,6 +36,16 @@ class Attempt:
     name: str
     recipe: Recipe | None
     epochs: Sequence[dict]
+
+    @property
+    def accuracy(self) -> float:
+        """Of the average, at the end."""
+        return _accuracy(self.epochs[-1])
+
+    @property
+    def training_minutes(self) -> float:
+        """Without evaluation."""
+        return sum(record["epoch_seconds"] for record in self.epochs) / 60
 
     def after(self, minutes: float) -> float | None:
         """Accuracy of the average at the last evaluation within ``minutes`` of training and evaluation; the raw
@@ -51,28 +67,43 @@ def read(folder: Path) -> Attempt:
     )
 
 
-def kept() -> list[Attempt]:
+def kept(folder: Path) -> list[Attempt]:
     """Those in the repository, by name."""
-    return [read(folder) for folder in sorted(FOLDER.iterdir()) if (folder / METRICS_FILE).exists()]
+    return [read(path) for path in sorted(folder.glob("*")) if (path / METRICS_FILE).exists()]
 
 
-def text(attempts: Sequence[Attempt]) -> str:
-    """The section of the document."""
-    head = ["run", "network", "optimiser", "batch", "epochs", "minutes", "images/s", "raw", "average"]
+def text(test_set: Sequence[Attempt], attempts: Sequence[Attempt]) -> str:
+    """The end of the document: what it says of each kind of run."""
     lines = [
         HEADING,
         "",
-        "`python -m bench.attempts`, from the runs in [attempts](attempts): each has its `recipe.toml` and "
-        "`metrics.jsonl`. Minutes are of training and evaluation.",
+        "`python -m bench.speedrun`: all 50,000 images to train on, the 10,000 of the test set to measure, each run "
+        "alone on the machine. Minutes are of training and evaluation; the next column is of training alone.",
         "",
-        "![accuracy against minutes](speedrun.png)",
+        *(_tables(test_set, PICTURES[TEST_SET]) if test_set else ["No run is kept yet."]),
+        "",
+        *_seeds(test_set),
+        "## Attempts",
+        "",
+        "`python -m bench.attempts`, from the runs in [attempts](attempts): each has its `recipe.toml` and "
+        "`metrics.jsonl`. Accuracies are on the validation split.",
+        "",
+        *_tables(attempts, PICTURES[ATTEMPTS]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _tables(attempts: Sequence[Attempt], picture: Path) -> list[str]:
+    head = ["run", "network", "optimiser", "batch", "epochs", "minutes", "training", "images/s", "raw", "average"]
+    lines = [
+        f"![accuracy against minutes]({picture.name})",
         "",
         _row(head),
         "|---|---|---|" + "---:|" * (len(head) - 3),
     ]
     for attempt in attempts:
         last, recipe = attempt.epochs[-1], attempt.recipe
-        speed = sorted(record["images_per_second"] for record in attempt.epochs)[len(attempt.epochs) // 2]
+        speed = statistics.median(record["images_per_second"] for record in attempt.epochs)
         lines.append(
             _row(
                 [
@@ -82,6 +113,7 @@ def text(attempts: Sequence[Attempt]) -> str:
                     str(recipe.train.batch_size) if recipe else "128",
                     f"{last['epoch']}",
                     f"{last['seconds'] / 60:.1f}",
+                    f"{attempt.training_minutes:.1f}",
                     f"{speed:.0f}",
                     _percent(last["test_accuracy"]),
                     _percent(last["test_accuracy_ema"]),
@@ -95,14 +127,32 @@ def text(attempts: Sequence[Attempt]) -> str:
         _row(["run", *(f"{m} min" for m in MINUTES)]),
         "|---|" + "---:|" * len(MINUTES),
     ]
-    lines += [_row([a.name, *(_percent(a.after(m)) for m in MINUTES)]) for a in attempts]
-    return "\n".join(lines) + "\n"
+    return lines + [_row([a.name, *(_percent(a.after(m)) for m in MINUTES)]) for a in attempts]
+
+
+def _seeds(attempts: Sequence[Attempt]) -> list[str]:
+    """A sentence on each recipe that ran with several seeds."""
+    recipes: dict[str, list[Attempt]] = {}
+    for attempt in attempts:
+        recipes.setdefault(re.sub(r"-seed\d+$", "", attempt.name), []).append(attempt)
+    lines = []
+    for name, runs in recipes.items():
+        if len(runs) > 1:
+            accuracies = [run.accuracy for run in runs]
+            minutes = statistics.mean(run.training_minutes for run in runs)
+            lines += [
+                f"**{name}**, {len(runs)} seeds: mean {statistics.mean(accuracies):.2%}, standard deviation "
+                f"{statistics.stdev(accuracies):.2%}, in {minutes:.1f} minutes of training each.",
+                "",
+            ]
+    return lines
 
 
 def network(recipe: Recipe) -> str:
     model = recipe.model
     body = f"blocks {list(model.blocks)}, width {model.width_multiplier:g}" if model.blocks else f"RS-{model.depth}"
-    return f"{body}, stem {model.stem_width}, strides {model.stem_stride} and {model.stem_pool_stride}"
+    grown = f", images from {recipe.train.start_scale:g} of their size" if recipe.train.start_scale < 1 else ""
+    return f"{body}, stem {model.stem_width}, strides {model.stem_stride} and {model.stem_pool_stride}{grown}"
 
 
 def optimiser(recipe: Recipe) -> str:
@@ -144,9 +194,11 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def main() -> int:
-    attempts = kept()
-    write_section(DOCUMENT, HEADING, text(attempts))
-    draw(attempts, PICTURE)
+    test_set, attempts = kept(TEST_SET), kept(ATTEMPTS)
+    write_section(DOCUMENT, HEADING, text(test_set, attempts))
+    for runs, folder in ((test_set, TEST_SET), (attempts, ATTEMPTS)):
+        if runs:
+            draw(runs, PICTURES[folder])
     return 0
 
 

@@ -1,10 +1,11 @@
 """The tables that benchmarks write, from made-up measurements."""
 
 import contextlib
+import sys
 
 import pytest
 
-from bench import attempts
+from bench import attempts, speedrun
 from bench.apart import OURS, Apart
 from bench.growth import H100_BYTES, H100_FLOPS, Point, measure, predicted, text
 from bench.peers import Case
@@ -97,14 +98,59 @@ def test_attempts_of_a_speedrun(tmp_path):
         pytest.approx(0.35),
         None,
     ]
-    written = attempts.text([attempt])
+    written = attempts.text([], [attempt])
+    assert "No run is kept yet." in written
     assert (
-        "| blocks [1, 2], width 1, stem 32, strides 2 and 2 | Muon 0.1, 0.9; SGD 0.1 | 64 | 3 | 12.0 | 200 |" in written
+        "| blocks [1, 2], width 1, stem 32, strides 2 and 2 | Muon 0.1, 0.9; SGD 0.1 | 64 | 3 | 12.0 | 11.5 | 200 |"
+        in written
     )
     assert f"| {tmp_path.name} | 15.00% | 25.00% |  |  |  |" in written
     attempts.draw([attempt], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
+def test_seeds_of_a_recipe_are_summed_up():
+    def run(name, accuracy):
+        record = {"epoch": 1, "seconds": 700.0, "epoch_seconds": 600.0, "eval_seconds": 100.0, "images_per_second": 9.0}
+        return attempts.Attempt(name, None, [record | {"test_accuracy": accuracy, "test_accuracy_ema": accuracy}])
+
+    written = attempts.text([run("fast-seed0", 0.91), run("fast-seed1", 0.93), run("other", 0.5)], [run("a", 0.4)])
+    assert "**fast**, 2 seeds: mean 92.00%, standard deviation 1.41%, in 10.0 minutes of training each." in written
+    assert "**other**" not in written
+
+
 def test_the_kept_attempts_make_the_document():
-    assert attempts.DOCUMENT.read_text(encoding="utf-8").endswith(attempts.text(attempts.kept()))
+    written = attempts.text(attempts.kept(attempts.TEST_SET), attempts.kept(attempts.ATTEMPTS))
+    assert attempts.DOCUMENT.read_text(encoding="utf-8").endswith(written)
+
+
+QUIET = """
+import json, sys, time
+with open("metrics.jsonl", "a") as file:
+    print(json.dumps({"kind": "interval", "step": 1, "seconds": 50}), file=file)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_a_run_is_stopped_when_its_time_is_up_and_a_finished_one_is_not_run_again(tmp_path):
+    """A stand-in for a run: it says that it has trained for 50 seconds, and waits to be stopped."""
+    assert speedrun.run([sys.executable, "-c", QUIET], tmp_path, seconds=40.0, poll=0.05, cwd=tmp_path) == 130
+    assert speedrun.seconds_of(tmp_path) == 50
+    fails = [sys.executable, "-c", "import sys; sys.exit(3)"]
+    assert speedrun.run(fails, tmp_path, seconds=40.0, poll=0.05, cwd=tmp_path) == 0  # its time is up: not started
+    assert speedrun.run(fails, tmp_path, seconds=60.0, poll=0.05, cwd=tmp_path) == 3
+
+
+def test_the_speedruns_commands_are_those_of_the_entry_points(tmp_path):
+    commands = speedrun.commands(tmp_path, "data", (0, 1))
+    assert list(commands) == ["speedrun-seed0", "speedrun-seed1", "timm-resnetrs50", "report-4"]
+    assert commands["speedrun-seed1"][1:] == [
+        *("-m", "rsengine.train", "--data", "data", "--out", str(tmp_path / "speedrun-seed1")),
+        *("--recipe", "speedrun", "--seed", "1"),
+    ]
+    (tmp_path / "report-4").mkdir()
+    (tmp_path / "report-4" / "checkpoint.pt").touch()
+    assert speedrun.commands(tmp_path, None, ())["report-4"][3:] == ["--out", str(tmp_path / "report-4"), "--resume"]
