@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -26,11 +26,25 @@ class Display:
     Args:
         done: steps done before this process.
         say: prints one line.
+        work: what a step costs in each epoch, over what it costs in any other; nothing: the same in all.
     """
 
-    def __init__(self, total: int, done: int, epochs: int, batch_size: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        total: int,
+        done: int,
+        epochs: int,
+        batch_size: int,
+        say: Callable[[str], None],
+        work: Sequence[float] = (),
+    ) -> None:
         self.total, self.epochs, self.batch_size, self.say = total, epochs, batch_size, say
-        self.bar = tqdm(total=total, initial=done, unit="step", desc="train", disable=None, dynamic_ncols=True)
+        self.work = list(work) or [1.0] * epochs
+        self.varied = len(set(self.work)) > 1
+        # tqdm's estimate takes every step for as long as those before.
+        form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]" if self.varied else None
+        options = {"unit": "step", "desc": "train", "disable": None, "dynamic_ncols": True, "bar_format": form}
+        self.bar = tqdm(total=total, initial=done, **options)
         self.spoken = time.perf_counter()
 
     def close(self) -> None:
@@ -47,13 +61,20 @@ class Display:
             f"loss {record['train_loss']:.3f}, accuracy {record['train_accuracy']:.1%}, "
             f"{record['images_per_second']:.0f} images/s"
         )
+        left = duration(self.steps_left(record["step"]) * self.batch_size / record["images_per_second"])
         if not self.bar.disable:
             self.bar.set_description(title, refresh=False)
-            self.bar.set_postfix_str(numbers, refresh=False)
+            self.bar.set_postfix_str(numbers + f", about {left} left" * self.varied, refresh=False)
         elif time.perf_counter() - self.spoken >= QUIET_SECONDS:
             self.spoken = time.perf_counter()
-            left = (self.total - record["step"]) * self.batch_size / record["images_per_second"]
-            self.say(f"{title}, step {record['step']}/{self.total}: {numbers}, about {duration(left)} of training left")
+            self.say(f"{title}, step {record['step']}/{self.total}: {numbers}, about {left} of training left")
+
+    def steps_left(self, step: int) -> float:
+        """How many steps like the last one the rest of the run costs, ``step`` steps being done."""
+        each = self.total // self.epochs
+        epoch, within = divmod(step, each)
+        rest = sum(self.work[epoch:]) * each - (within * self.work[epoch] if within else 0.0)
+        return rest / self.work[(step - 1) // each]
 
     def epoch(self, record: dict[str, Any]) -> None:
         """``record``: of kind ``epoch``."""

@@ -149,7 +149,7 @@ def part_of(operation: Operation) -> str:
     """Which of :data:`PARTS` an operation belongs to: by the line whose value or gradient it computes."""
     site, name = operation.forward or operation.site, operation.name
     file, function = Path(site.file).name, site.function
-    in_network = file in ("model.py", "layers.py") or (file == "launches.py" and function == "forward")
+    in_network = file in ("model.py", "layers.py", "batch_norm.py") or (file == "launches.py" and function == "forward")
     if file == "squeeze_excite.py" or function == "_tail":
         return TAIL
     if in_network:

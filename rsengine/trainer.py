@@ -114,7 +114,9 @@ class Trainer:
         """
         train = self.recipe.train
         step = None
-        display = Display(self.total_steps, self.steps_done, train.epochs, train.batch_size, self.say)
+        height, width = self.dataset.image_size
+        work = [size[0] * size[1] / (height * width) if size else 1.0 for size in self.image_sizes]
+        display = Display(self.total_steps, self.steps_done, train.epochs, train.batch_size, self.say, work)
         with contextlib.closing(display), stop_requests() as stop:
             while self.progress.epoch < train.epochs:
                 size = self.image_sizes[self.progress.epoch]
