@@ -114,6 +114,12 @@ def test_nan_stays_nan_and_infinity_reaches_the_output():
     assert found[:, 3].isnan().all() and found[:, 5].isnan().any() and found[:, [0, 1, 2, 4, 6, 7]].isfinite().all()
 
 
+def test_bfloat16_is_the_float32_result_rounded_to_the_nearest():
+    x, ones, zeros = maps((3, 9, 5, 7), torch.bfloat16), torch.ones(9), torch.zeros(9)
+    rounded, whole = (batch_norm(t, ones, zeros, zeros.clone(), ones.clone(), impl="native") for t in (x, x.float()))
+    assert torch.equal(rounded, whole.bfloat16())
+
+
 def test_outputs_are_written_whole(monkeypatch):
     """Whatever lies in the memory an output gets: every allocation is filled with NaN first."""
     real = torch.empty_like
