@@ -22,18 +22,25 @@ every_implementation = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 both_passes = pytest.mark.parametrize("with_backward", [False, True], ids=["forward", "forward+backward"])
 
 
+def maps(shape):
+    """x, shortcut and dy of a stage."""
+    n, c, side = shape
+    made = (torch.randn(n, c, side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+    return [t.contiguous(memory_format=torch.channels_last) for t in made]
+
+
+def squeeze_excite_weights(c):
+    return [torch.randn(*s, device=DEVICE).mul_(0.05) for s in [(c // 4, c), (c // 4,), (c, c // 4), (c,)]]
+
+
 @every_implementation
 @both_passes
 @pytest.mark.parametrize("shape", STAGES, ids=str)
 def test_squeeze_excite_residual(benchmark, shape, with_backward, impl):
     n, c, side = shape
-    weights = [torch.randn(*s, device=DEVICE).mul_(0.05) for s in [(c // 4, c), (c // 4,), (c, c // 4), (c,)]]
+    weights = squeeze_excite_weights(c)
 
-    def make():
-        x, shortcut, dy = (torch.randn(n, c, side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
-        return [t.contiguous(memory_format=torch.channels_last) for t in (x, shortcut, dy)]
-
-    next_inputs = rotation(make)
+    next_inputs = rotation(lambda: maps(shape))
 
     def runner(function):
         def run():
@@ -61,13 +68,9 @@ def test_batch_norm(benchmark, op, shape, with_backward, impl):
     tail = op is batch_norm_squeeze_excite_residual
     scale = [torch.randn(c, device=DEVICE) for _ in range(2)]
     buffers = torch.zeros(c, device=DEVICE), torch.ones(c, device=DEVICE)
-    weights = [torch.randn(*s, device=DEVICE).mul_(0.05) for s in [(c // 4, c), (c // 4,), (c, c // 4), (c,)]]
+    weights = squeeze_excite_weights(c)
 
-    def make():
-        x, shortcut, dy = (torch.randn(n, c, side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
-        return [t.contiguous(memory_format=torch.channels_last) for t in (x, shortcut, dy)]
-
-    next_inputs = rotation(make)
+    next_inputs = rotation(lambda: maps(shape))
 
     def runner(function):
         def run():

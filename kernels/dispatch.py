@@ -46,11 +46,11 @@ def explain(op: str, device: torch.device | str | None = None) -> str:
     """Say which implementation ``impl="auto"`` chooses for ``op`` on ``device``, and why.
 
     Args:
-        op: one of :data:`OPS`.
+        op: one of :data:`OPS` or :data:`NATIVE_OPS`.
         device: ``None`` is the GPU where PyTorch sees one, else the CPU.
 
     Raises:
-        ValueError: ``op`` is not one of :data:`OPS`.
+        ValueError: ``op`` is none of them.
     """
     if op not in OPS + NATIVE_OPS:
         raise ValueError(f"op: expected one of {', '.join(OPS + NATIVE_OPS)}; got {op!r}")
