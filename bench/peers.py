@@ -72,8 +72,12 @@ def rsengine_step(case: Case) -> tuple[Callable[[], None], TrainStep]:
 
 def without_native(case: Case) -> Callable[[], None]:
     """rsengine's step with batch norm by PyTorch's operators: what the passes in C give. For a process of its own."""
-    sys.modules["rsengine.kernels.batch_norm"].choose_native = lambda *_: "eager"
+    _choose_no_passes()
     return rsengine_step(case)[0]
+
+
+def _choose_no_passes() -> None:
+    sys.modules["rsengine.kernels.batch_norm"].choose_native = lambda *_: "eager"
 
 
 class PlainLoop:
@@ -125,7 +129,8 @@ def timm_loop(
 
 def report_loop(case: Case) -> Callable[[], object]:
     """The report's loop with its settings: PIL augmentation an image at a time, float32, an average kept by name. The
-    network is rsengine's, because most of the report's own got no gradient. No workers: they would share the cores."""
+    network is rsengine's, because most of the report's own got no gradient; its arithmetic is by the operators of PyTorch,
+    as the report has it. For a process of its own. No workers: they would share the cores."""
     network = resnet_rs(
         case.depth,
         CLASSES,
@@ -133,9 +138,10 @@ def report_loop(case: Case) -> Callable[[], object]:
         stem_stride=case.stem_stride,
         se_ratio=1 / 16,
     )
-    for module in network.train().modules():  # its arithmetic by the layers of torch.nn, as the report has it
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
-            module.__class__ = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.BatchNorm2d
+    _choose_no_passes()
+    for module in network.train().modules():
+        if isinstance(module, nn.Conv2d):
+            module.__class__ = nn.Conv2d
     shadow = {name: p.detach().clone() for name, p in network.named_parameters()}
 
     @torch.no_grad()
