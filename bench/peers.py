@@ -129,8 +129,8 @@ def timm_loop(
 
 def report_loop(case: Case) -> Callable[[], object]:
     """The report's loop with its settings: PIL augmentation an image at a time, float32, an average kept by name. The
-    network is rsengine's, because most of the report's own got no gradient; its arithmetic is by PyTorch's operators, as the
-    report has it. For a process of its own. No workers: they would share the cores."""
+    network is rsengine's, because most of the report's own got no gradient; its arithmetic is by PyTorch's operators,
+    as the report has it. For a process of its own. No workers: they would share the cores."""
     network = resnet_rs(
         case.depth,
         CLASSES,

@@ -44,7 +44,8 @@ def run(command: Sequence[str], folder: Path, *, seconds: float, poll: float = 5
     clock; then stop it as Ctrl-C would. Returns its exit status; 0 at once where its time is up already."""
     if seconds_of(folder) >= seconds:
         return 0
-    process = subprocess.Popen(command, cwd=cwd)
+    # A shell starts its background jobs deaf to Ctrl-C, and theirs would be too: they could not be stopped.
+    process = subprocess.Popen(command, cwd=cwd, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         while process.poll() is None and seconds_of(folder) < seconds:
             time.sleep(poll)
