@@ -77,6 +77,7 @@ def without_native(case: Case) -> Callable[[], None]:
 
 
 def _choose_no_passes() -> None:
+    """From here on, in this process, what the passes in C would do is done by PyTorch's operators."""
     sys.modules["rsengine.kernels.batch_norm"].choose_native = lambda *_: "eager"
 
 
