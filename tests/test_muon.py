@@ -32,8 +32,17 @@ def test_orthogonalisation_keeps_the_singular_vectors_and_levels_the_values():
     u, s, vh = torch.linalg.svd(x[0], full_matrices=False)
     assert s.max() / s.min() > 3
     levels = u.T @ orthogonalised(x)[0] @ vh.T
-    assert (levels.diagonal() > 0.65).all() and (levels.diagonal() < 1.25).all()
+    assert (levels.diagonal() > 0.68).all() and (levels.diagonal() < 1.25).all()
     assert (levels - levels.diagonal().diag()).abs().max() < 1e-10
+
+
+def test_singular_values_are_levelled_as_far_down_as_the_module_says():
+    s = torch.logspace(-4, 0, 400, dtype=torch.float64)
+    s = torch.cat([s, (1 - s.square()).clamp(min=0).sqrt()])  # in pairs, so that each matrix below has length 1
+    levels = torch.stack([orthogonalised(pair.diag()[None])[0].diagonal()[0] for pair in s.view(2, -1).T])
+    high = s[:400] >= 0.018
+    assert (levels[high] > 0.68).all() and (levels < 1.21).all()
+    assert (levels[~high] < 41 * s[:400][~high]).all() and levels[~high].min() < 0.01
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
