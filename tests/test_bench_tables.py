@@ -151,6 +151,7 @@ def test_a_run_is_stopped_when_its_time_is_up_and_a_finished_one_is_not_run_agai
 
 def test_the_speedruns_commands_are_those_of_the_entry_points(tmp_path):
     commands = speedrun.commands(tmp_path, "data", (0, 1))
+    assert set(speedrun.PEERS) < commands.keys()  # a misspelt one would never be stopped
     assert list(commands) == ["speedrun-seed0", "speedrun-seed1", "timm-resnetrs50", "report-4", "speedrun-94"]
     assert commands["speedrun-seed1"][1:] == [
         *("-m", "rsengine.train", "--data", "data", "--out", str(tmp_path / "speedrun-seed1")),
