@@ -50,15 +50,10 @@ class CudaRecorder:
 
     Generators: torch registers the default CUDA generator with every graph; each replay advances it, so that dropout
     and stochastic depth differ each time, and ``torch.cuda.get_rng_state`` is what a checkpoint must hold.
-
-    Args:
-        check_liveness: let torch verify at each replay that no tensor from outside the graph was freed. It records a
-            stack trace for each at the capture and looks at all of them before each replay: for diagnosis. It does so
-            with a dispatch mode, under which ``torch.compile`` steps aside: a compiled network is captured uncompiled.
     """
 
-    def __init__(self, device: torch.device, check_liveness: bool = False) -> None:
-        self.device, self.check_liveness = device, check_liveness
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.rng_devices = [torch.cuda.current_device() if device.index is None else device.index]
         self.stream = torch.cuda.Stream(device)
 
@@ -73,7 +68,7 @@ class CudaRecorder:
     def record(self, program: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         # The stream of the warm-up: autograd runs a parameter's accumulation where its first use was.
-        with torch.cuda.graph(graph, stream=self.stream, check_input_liveness=self.check_liveness):
+        with torch.cuda.graph(graph, stream=self.stream):
             program()
         return graph.replay
 

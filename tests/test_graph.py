@@ -362,10 +362,12 @@ def test_the_cuda_recorder_warms_up_and_captures_on_one_side_stream(monkeypatch)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("current"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered(stream.name))
+    def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
+        """With the signature of torch 2.11, the oldest that setup.py admits."""
+        return entered(f"capture on {stream.name}")
+
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(
-        torch.cuda, "graph", lambda graph, stream, check_input_liveness: entered(f"capture on {stream.name}")
-    )
+    monkeypatch.setattr(torch.cuda, "graph", graph)
     recorder = CudaRecorder(torch.device("cuda"))
     assert recorder.rng_devices == [0] and CudaRecorder(torch.device("cuda:1")).rng_devices == [1]
     with recorder.side_stream():
