@@ -10,6 +10,7 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 
 # No fixture here has function scope: hypothesis refuses those.
@@ -17,7 +18,7 @@ collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    return torch.device("cpu" if INTERPRETED else "cuda")
+    return DEVICE
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from torch import nn
 from rsengine.kernels import ema_update, reference, sgd_ema_step
 from rsengine.kernels.jit import ema, ema_table
 from rsengine.model import resnet_rs
+from tests.kernels.jit import conftest
 from tests.kernels.jit.conftest import INTERPRETED
 from tests.tolerances import assert_close
 
@@ -49,7 +50,7 @@ def like(tensor, dtype=None):
 
 def check_step(lists, allow, weight_decay=1e-2, momentum=MOMENTUM, nesterov=True, averaged=True, launcher=None):
     """One step against the reference in float64, no worse than twice eager; the gradients stay."""
-    device = lists[0][0].device if lists[0] else torch.device("cpu")
+    device = lists[0][0].device if lists[0] else conftest.DEVICE
     lr, decay = scalar(LR, device), scalar(DECAY, device) if averaged else None
     eager = [[like(t) for t in part] for part in lists]
     truth = [[t.double() for t in part] for part in lists]
@@ -128,6 +129,14 @@ def test_the_average_is_of_the_parameters_as_they_are_stored(device, allow):
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_short_lists(device, allow, count):
     check_step(state([(5, 7), (3,)][:count], device), allow)
+
+
+def test_an_empty_list_runs_on_the_device_of_the_tests(allow, monkeypatch):
+    """Natively that is the GPU: Triton refuses a learning rate on the CPU."""
+    monkeypatch.setattr(conftest, "DEVICE", torch.device("meta"))
+    devices = []
+    check_step(state([], conftest.DEVICE), allow, launcher=lambda p, g, m, s, lr, decay: devices.append(lr.device.type))
+    assert devices == ["meta"]
 
 
 def channels_last(tensor):
