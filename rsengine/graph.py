@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rsengine.device import Execution
+from rsengine.kernels.jit.ema_table import keep_tables
 
 # What a first run sets up and a capture may not: cuDNN's and cuBLAS's plans and workspaces, Triton's and Inductor's
 # kernels, the address tables of the fused update, kept gradients. PyTorch's notes ask for three.
@@ -96,7 +97,8 @@ class CapturedStep:
         self.step, self.inputs = step, tuple(inputs)
         state = step.state_tensors()  # held until the comparison, so that no address is used again
         warm_up(step, self.inputs, recorder, warmup_steps)
-        self._replay = recorder.record(lambda: step(*self.inputs))
+        with keep_tables() as self._tables:  # of addresses, which the graph reads as long as it lives
+            self._replay = recorder.record(lambda: step(*self.inputs))
         before, now = ([tensor.data_ptr() for tensor in tensors] for tensors in (state, step.state_tensors()))
         if before != now:
             moved = sum(a != b for a, b in zip(before, now, strict=False)) + abs(len(before) - len(now))

@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import functools
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from rsengine.config import Recipe
 from rsengine.device import Execution
 from rsengine.evaluate import EvaluationStep, evaluate
 from rsengine.graph import CapturedStep, CudaRecorder, choose_step, explain_step, static_batch
+from rsengine.kernels.jit import ema_table
 from rsengine.model import resnet_rs
 from rsengine.preprocess import Preprocess
 from rsengine.step import TrainStep
@@ -133,6 +136,31 @@ def test_a_captured_step_of_resident_data_takes_no_inputs():
     assert differences(run(lambda *_: captured(), step), expected) == []
     with pytest.raises(ValueError, match="inputs: the graph was captured with 0; got 1"):
         captured(images[0])
+
+
+def test_a_captured_step_keeps_the_address_tables_that_its_capture_used():
+    layout = ema_table.Layout(2**41, torch.Size([16]), (1,), torch.float32)
+
+    def table(address):
+        moved = layout._replace(address=address)
+        return ema_table.tables(CPU, 16, ((moved,), (), (), (moved,)), (0.0,))[0]
+
+    class UsesTable:
+        def __call__(self):
+            self.seen = weakref.ref(table(2**41))
+
+        def state_tensors(self):
+            return []
+
+    step = UsesTable()
+    captured = CapturedStep(step, (), ReplayRecorder())
+    for i in range(200):
+        table(2**42 + 16 * i)
+    gc.collect()
+    assert step.seen() is not None
+    del captured
+    gc.collect()
+    assert step.seen() is None
 
 
 # --- faults that a replay shows -------------------------------------------------------------------------------------
@@ -362,6 +390,7 @@ def test_the_cuda_recorder_warms_up_and_captures_on_one_side_stream(monkeypatch)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("current"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered(stream.name))
+
     def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
         """With the signature of torch 2.11, the oldest that setup.py admits."""
         return entered(f"capture on {stream.name}")

@@ -7,7 +7,8 @@ a step moves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -51,21 +52,46 @@ def layouts_of(*lists: Sequence[Tensor]) -> tuple[tuple[Layout, ...], ...]:
     return tuple(tuple(Layout(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors) for tensors in lists)
 
 
-@lru_cache(maxsize=64)  # about 1 MB of device memory each for ResNet-RS-50
+_holders: list[list[tuple[Table, ...]]] = []  # one for each keep_tables() that is open
+
+
+@contextlib.contextmanager
+def keep_tables() -> Iterator[list[tuple[Table, ...]]]:
+    """Collect every table that a launch in the block uses, in a list for the caller to keep.
+
+    A captured graph reads its tables at every replay, so whoever captures has to own them: the cache of
+    :func:`tables` drops the ones that were used longest ago.
+    """
+    held: list[tuple[Table, ...]] = []
+    _holders.append(held)
+    try:
+        yield held
+    finally:
+        _holders.pop()
+
+
 def tables(
     device: torch.device, block: int, layouts: tuple[tuple[Layout, ...], ...], weight_decay: tuple[float, ...]
 ) -> tuple[Table, ...]:
     """The table of each launch, one for each combination of dtypes; built anew when a storage moves.
 
-    A captured graph reads its tables at every replay: they stay until 64 other sets of tensors have been asked for.
-
     Args:
         layouts: of the four lists; an absent list is empty.
 
     Raises:
-        RuntimeError: inside CUDA graph capture.
+        RuntimeError: inside CUDA graph capture, where the tables are not in the cache.
         ValueError: a tensor whose strides differ between the lists has too many dimensions or elements.
     """
+    found = _cached_tables(device, block, layouts, weight_decay)
+    for held in _holders:
+        held.append(found)
+    return found
+
+
+@lru_cache(maxsize=64)  # about 1 MB of device memory each for ResNet-RS-50
+def _cached_tables(
+    device: torch.device, block: int, layouts: tuple[tuple[Layout, ...], ...], weight_decay: tuple[float, ...]
+) -> tuple[Table, ...]:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a CUDA graph capture met tensors whose table of addresses is not on the device yet, and copying it there "
@@ -77,7 +103,8 @@ def tables(
     for i, p in enumerate(params):
         if p.shape.numel():
             groups.setdefault((p.dtype, grads[i].dtype if grads else p.dtype), []).append(i)
-    return tuple(_build(device, block, layouts, weight_decay, dtypes, group) for dtypes, group in groups.items())
+    with torch.device("cpu"):  # whatever the caller's default device is: the table is computed on the host
+        return tuple(_build(device, block, layouts, weight_decay, dtypes, group) for dtypes, group in groups.items())
 
 
 def _build(
@@ -116,11 +143,19 @@ def _build(
     is_aligned = (layout == LINEAR) & (address % 16 == 0).all(dim=1) & (count % 16 == 0)
     layout = torch.where(is_aligned, ALIGNED, layout)
     return Table(
-        torch.cat([address, torch.stack([count, first, layout], dim=1)], dim=1).to(device),
-        torch.tensor([weight_decay[i] for i in group], dtype=torch.float32)[owner].to(device),
-        torch.tensor(rows or [[0] * (1 + len(LISTS)) * MAX_DIMS]).to(device),
+        _upload(torch.cat([address, torch.stack([count, first, layout], dim=1)], dim=1), device),
+        _upload(torch.tensor([weight_decay[i] for i in group], dtype=torch.float32)[owner], device),
+        _upload(torch.tensor(rows or [[0] * (1 + len(LISTS)) * MAX_DIMS]), device),
         dtypes,
     )
+
+
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to ``device``; the host does not wait for a GPU, which a copy from pageable memory would make it do.
+
+    PyTorch keeps the pinned copy until the stream has passed the transfer.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _merged_dims(tensors: list[Layout]) -> list[tuple[int, ...]]:

@@ -3,6 +3,9 @@
 import contextlib
 import math
 import time
+import weakref
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,12 +257,12 @@ def test_lr_and_decay_are_read_at_each_launch_without_a_new_table(device, allow)
     lr, decay = scalar(LR, device), scalar(DECAY, device)
     with allow(*(t for part in lists for t in part)):
         sgd_ema_step(*lists, lr, MOMENTUM, 0.0, decay, impl="triton")
-        built = ema_table.tables.cache_info().misses
+        built = ema_table._cached_tables.cache_info().misses
         lr.zero_()
         decay.fill_(1.0)
         before = [[like(t) for t in part] for part in (lists[0], lists[3])]
         sgd_ema_step(*lists, lr, MOMENTUM, 0.0, decay, impl="triton")
-    assert ema_table.tables.cache_info().misses == built
+    assert ema_table._cached_tables.cache_info().misses == built
     for part, old in zip((lists[0], lists[3]), before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(part, old, strict=True))
 
@@ -268,7 +271,7 @@ def test_lr_and_decay_are_read_at_each_launch_without_a_new_table(device, allow)
 def test_a_table_is_built_once_more_when_a_storage_moves(device, allow, moved):
     lists = state([(64, 8), (10,)], device)
     check_step(lists, allow)
-    built = ema_table.tables.cache_info().misses
+    built = ema_table._cached_tables.cache_info().misses
     old = lists[moved][0]
     keep, left = old.detach(), old.detach().clone()
     if moved == 0:
@@ -277,7 +280,7 @@ def test_a_table_is_built_once_more_when_a_storage_moves(device, allow, moved):
         old.set_(old.clone())
     for _ in range(2):
         check_step(lists, allow)
-        assert ema_table.tables.cache_info().misses == built + 1
+        assert ema_table._cached_tables.cache_info().misses == built + 1
     if moved == 0:
         assert torch.equal(keep, left)  # nobody wrote to where it was
 
@@ -287,6 +290,39 @@ def test_a_table_cannot_be_built_inside_a_capture(monkeypatch):
     layouts = ema_table.layouts_of([torch.zeros(3)], (), (), [torch.zeros(3)])
     with pytest.raises(RuntimeError, match="call once before the capture with these very tensors"):
         ema_table.tables(torch.device("cuda"), ema.BLOCK, layouts, (0.0,))
+
+
+def table_of(i):
+    """A table that no other test and no other ``i`` has."""
+    layout = ema_table.Layout(2**40 + 16 * i, torch.Size([16]), (1,), torch.float32)
+    return ema_table.tables(torch.device("cpu"), ema.BLOCK, ((layout,), (), (), (layout,)), (0.0,))
+
+
+def test_a_table_lives_as_long_as_whoever_keeps_it():
+    with ema_table.keep_tables() as held:
+        kept = weakref.ref(table_of(0)[0])
+    dropped = weakref.ref(table_of(1)[0])
+    for i in range(2, 202):
+        table_of(i)
+    assert dropped() is None  # so the cache alone would have let go of the first one too
+    assert kept() is held[0][0]
+
+
+def test_a_table_is_computed_on_the_host_and_put_where_it_is_asked_for():
+    with torch.device("meta"):
+        (table,) = table_of(300)
+    assert {t.device.type for t in (table.records, table.weight_decay, table.strides)} == {"cpu"}
+
+
+def test_a_table_goes_to_a_gpu_from_pinned_memory_and_without_a_wait(monkeypatch):
+    """A copy from pageable memory makes the host wait, in every plain step whose gradients have moved."""
+    pinned, tensor = object(), torch.zeros(3)
+
+    def to(self, device, non_blocking=False):
+        return self, device.type, non_blocking
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: SimpleNamespace(to=partial(to, pinned)))
+    assert ema_table._upload(tensor, torch.device("cuda")) == (pinned, "cuda", True)
 
 
 def test_the_table_of_a_real_model_is_small_quick_and_aligned():
