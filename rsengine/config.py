@@ -7,7 +7,7 @@ nearest match, before anything else happens.
 from __future__ import annotations
 
 import difflib
-import sys
+import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
@@ -17,11 +17,6 @@ from typing import Any
 from rsengine.augment.policies import CROP_MODES, INTERPOLATIONS, POLICIES, policy_of
 from rsengine.model import DEPTHS, DROP_PATH_RULES
 from rsengine.schedule import SCHEDULES
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PRECISIONS = ("auto", "bf16", "fp32")
 OPTIMIZERS = ("sgd", "muon")
