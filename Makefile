@@ -36,7 +36,7 @@ gpu-check: $(READY)
 setup: $(READY)
 
 $(READY): setup.py constraints.txt scripts/system_packages.sh
-	sh scripts/system_packages.sh $(PYTHON)
+	sh scripts/system_packages.sh $(PYTHON) $(BIN)/python
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[test]'
 	touch $@

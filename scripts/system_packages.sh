@@ -1,12 +1,36 @@
 #!/bin/sh
 # Installs the Debian packages that building FFCV and a virtual environment need, those that are missing and no others.
-# Usage: scripts/system_packages.sh PYTHON
+# Usage: scripts/system_packages.sh PYTHON [VENV_PYTHON]
+# PYTHON makes the virtual environment; where VENV_PYTHON is there already, it is the one that will be used.
 set -eu
 python=$1
+again=
+if [ -x "${2-}" ]; then
+    python=$2
+    again="make clean, then "
+fi
 
-command -v "$python" >/dev/null 2>&1 || { echo "error: $python not found; install Python 3.10 or later, or run make PYTHON=/path/to/python3" >&2; exit 2; }
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-    echo "error: $("$python" --version 2>&1) is too old; rsengine needs Python 3.10 or later: make PYTHON=/path/to/python3" >&2; exit 2; }
+version_of() { "$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null; }
+suits() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+if ! suits "$python"; then
+    if ! command -v "$python" >/dev/null 2>&1; then
+        problem="$python not found"
+    elif version=$(version_of "$python"); then
+        problem="$python is Python $version, too old"
+    else
+        problem="$python does not run"
+    fi
+    # A name on the PATH proves nothing: it may be a stub that fails when it is run.
+    remedy="install one, then ${again}make PYTHON=/path/to/python3"
+    for name in python3.11 python3.12 python3.13 python3.14 python3; do
+        if suits "$name"; then
+            remedy="${again}make PYTHON=$name"
+            break
+        fi
+    done
+    echo "error: $problem; rsengine needs Python 3.11 or later: $remedy" >&2
+    exit 2
+fi
 
 missing=
 need() { missing="$missing $*"; }
