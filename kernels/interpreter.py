@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import operator
 import os
 import pkgutil
 import subprocess
@@ -196,12 +197,14 @@ def install() -> None:
     """Make the interpreter of this process strict; a second call changes nothing.
 
     Raises:
-        RuntimeError: Triton was imported without TRITON_INTERPRET=1, so that there is no interpreter.
+        RuntimeError: Triton was imported without TRITON_INTERPRET=1, so that there is no interpreter; or its
+            interpreter does not work with this NumPy.
     """
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("the interpreter needs TRITON_INTERPRET=1 in the environment before Triton is imported")
     if isinstance(upstream.interpreter_builder, StrictBuilder):
         return
+    _check_numpy()
     builder = StrictBuilder()
     upstream.interpreter_builder = upstream.interpreter_semantic.builder = builder
     upstream.GridExecutor = StrictExecutor
@@ -229,6 +232,22 @@ def install() -> None:
     upstream._implicit_cvt = convert_argument
     upstream.InterpretedFunction.__call__ = call_device_function
     upstream.ReduceScanOpInterface.check_tensor = check_reduction
+
+
+def _check_numpy() -> None:
+    """Raise where a scalar in a kernel cannot bound a loop: Triton 3.6 leaves to NumPy what NumPy 2.4 refuses."""
+    scalar = tl.tensor(TensorHandle(np.ones(1, np.int32), tl.int32), tl.int32)  # an array of one dimension, as loaded
+    scope = upstream._LangPatchScope()
+    upstream._patch_lang_tensor(tl.tensor, scope)
+    try:
+        operator.index(scalar)
+    except TypeError as error:
+        raise RuntimeError(
+            f"Triton {triton.__version__}'s interpreter does not work with NumPy {np.__version__}: "
+            "install 'numpy<2.4', or Triton 3.7 or later"
+        ) from error
+    finally:
+        scope.restore()
 
 
 def _builder() -> StrictBuilder:

@@ -93,3 +93,35 @@ def test_install_needs_an_interpreter():
         interpreter.install()
     with pytest.raises(RuntimeError, match="install"), interpreter.count_traffic():
         pass
+
+
+OLD_TRITON_NEW_NUMPY = """
+from triton.runtime import interpreter as upstream
+from rsengine.kernels import interpreter
+
+def index(self):  # Triton 3.6's, where int() is NumPy 2.4's
+    if self.handle.data.ndim:
+        raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+    return int(self.handle.data)
+
+def patch(tensor, scope, patch=upstream._patch_lang_tensor):
+    patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", index)
+
+upstream._patch_lang_tensor = patch
+interpreter.install()
+"""
+
+
+def test_install_names_the_numpy_that_an_old_triton_needs():
+    done = subprocess.run(
+        [sys.executable, "-c", OLD_TRITON_NEW_NUMPY],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    line = done.stderr.rstrip().rpartition("\n")[2]
+    assert line.startswith("RuntimeError: Triton ") and "does not work with NumPy" in line
+    assert line.endswith(": install 'numpy<2.4', or Triton 3.7 or later")
