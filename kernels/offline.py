@@ -18,6 +18,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+import triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -28,6 +29,10 @@ from .jit.case import Budget, CompileCase
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 
+BUDGETS_OF = "3.8"  # the Triton that the budgets are of: the pinned one, which also wrote the report
+# Registers a thread that another Triton may take beyond a budget: 3.6 takes up to 7 more in the cross-entropy, 3.7 up
+# to 20 in the augmentation on sm_100. A GPU hands them out in steps of 8: three.
+OTHER_TRITON = 24
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -239,14 +244,19 @@ def tool_output(name: str, *arguments: str) -> str:
 
 
 def violations(code: MachineCode, budget: Budget | None) -> list[str]:
-    """What is wrong with a kernel's machine code: spills always, and what breaks ``budget`` where there is one."""
+    """What is wrong with a kernel's machine code: spills always, and what breaks ``budget`` where there is one.
+
+    Budgets are exact for the Triton they are of; another may take ``OTHER_TRITON`` registers a thread more.
+    """
     found = []
     if code.spilled or code.local:
         found.append(f"spills: expected none; got {code.spilled} bytes a thread, {code.local} local accesses")
     if budget is None:
         return found
-    if code.registers > budget.registers:
-        found.append(f"registers: expected at most {budget.registers}; got {code.registers}")
+    margin = 0 if triton.__version__.startswith(f"{BUDGETS_OF}.") else OTHER_TRITON
+    if code.registers > budget.registers + margin:
+        allowed = f"{budget.registers} + {margin} (Triton {triton.__version__})" if margin else budget.registers
+        found.append(f"registers: expected at most {allowed}; got {code.registers}")
     if code.shared > budget.shared:
         found.append(f"shared: expected at most {budget.shared} bytes; got {code.shared}")
     store_bytes = budget.vector_bytes if budget.store_bytes is None else budget.store_bytes

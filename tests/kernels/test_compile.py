@@ -179,7 +179,8 @@ def test_atomics_and_shared_memory_are_seen(arch):
     assert not code.stores
 
 
-def test_violations_name_what_is_expected_and_given():
+def test_violations_name_what_is_expected_and_given(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", f"{offline.BUDGETS_OF}.0")
     code = offline.MachineCode(100, 0, 0, 2048, 4, Counter({16: 1}), Counter({4: 2}), 0)
     assert offline.violations(code, Budget(100, 2048, 16, store_bytes=4)) == []
     assert offline.violations(code, Budget(99, 2047, 16)) == [
@@ -187,6 +188,25 @@ def test_violations_name_what_is_expected_and_given():
         "shared: expected at most 2047 bytes; got 2048",
         "stores: expected some of 16 bytes; got {4: 2}",
     ]
+
+
+@pytest.mark.parametrize("version", ["3.6.0", f"{offline.BUDGETS_OF}0.0"])
+def test_another_triton_may_take_some_registers_more(version, monkeypatch):
+    code = offline.MachineCode(124, 0, 0, 0, 4, Counter(), Counter(), 0)
+    monkeypatch.setattr(triton, "__version__", version)
+    assert offline.violations(code, Budget(100, 0, 0)) == []
+    assert offline.violations(code, Budget(99, 0, 0)) == [
+        f"registers: expected at most 99 + 24 (Triton {version}); got 124"
+    ]
+    monkeypatch.setattr(triton, "__version__", f"{offline.BUDGETS_OF}.2")
+    assert offline.violations(code, Budget(123, 0, 0)) == ["registers: expected at most 123; got 124"]
+
+
+def test_the_budgets_are_of_the_pinned_triton_and_the_reports():
+    root = Path(__file__).parents[2]
+    pins = (root / "constraints.txt").read_text().splitlines()
+    assert any(line.startswith(f"triton=={offline.BUDGETS_OF}.") for line in pins)
+    assert f"Triton {offline.BUDGETS_OF}." in (root / compile_report.OUT).read_text()
 
 
 def test_a_kernel_without_a_budget_is_a_violation():
