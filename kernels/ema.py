@@ -220,6 +220,8 @@ def _side_by_side(p: Tensor, g: Tensor, m: Tensor) -> bool:
     """Whether the fused operator may have them: it walks the three storages in order, whatever the strides say."""
     if not (p.dtype == g.dtype == m.dtype and _is_dense(p)):
         return False
+    if p.device.type == "cpu" and p.dtype.itemsize < 4:
+        return False  # before PyTorch 2.14 it left most of such elements as they were (pytorch/pytorch#191763)
     strides = p.stride(), g.stride(), m.stride()
     return strides[0] == strides[1] == strides[2] or all(
         size == 1 or a == b == c for size, a, b, c in zip(p.shape, *strides, strict=True)

@@ -147,6 +147,22 @@ def test_strides_and_dtypes_that_differ_between_the_lists(momentum, p_kind, g_ki
     assert_close(lists[3][0], (0.9 * s_start + 0.1 * lists[0][0].double()))  # of the parameter as it is stored
 
 
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_list_but_the_average_in_fewer_bits(dtype, momentum):
+    """Several processor vectors long: that is where PyTorch's fused operator went wrong before version 2.14."""
+    lists = [*(tensors(dtype, seed) for seed in range(3)), tensors(torch.float32, 3)]
+    truth = [[t.double() for t in part] for part in lists]
+    starts = [[t.clone() for t in each] for each in zip(*truth, strict=True)]
+    lr, decay = torch.tensor(0.1), torch.tensor(0.9)
+    sgd_ema_step(*lists, lr, momentum, 1e-2, decay)
+    reference.sgd_ema_step(*truth, lr.double(), momentum, 1e-2, decay.double())
+    for i, start in enumerate(starts):
+        assert_close(lists[0][i], truth[0][i])
+        assert_close(lists[2][i], truth[2][i] if momentum else start[2])
+        assert_close(lists[3][i], 0.9 * start[3] + 0.1 * lists[0][i].double(), scale=4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_float32_average_of_parameters_in_fewer_bits(dtype):
     params, shadow = tensors(dtype, 0), tensors(torch.float32, 1)
