@@ -77,6 +77,8 @@ def test_a_failed_overwrite_leaves_the_old_data_set(tmp_path, monkeypatch):
 
 def slow_main(source: str, out: str, phase: str) -> int:
     """The command line, with a decoder that takes its time once the phase "scan" or "write" is reached."""
+    # A run of tests in the background of a shell ignores the signal, and its processes inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     plain = images.decode_rgb
     written = f".{Path(out).name}.tmp-{os.getpid()}/train.beton"
 
