@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -136,8 +137,11 @@ def compile_cases() -> list[CompileCase]:
     ]
     for dtype, per_row in ((torch.float16, False), (torch.bfloat16, True)):
         name = f"scale_gradient_, {str(dtype)[6:]}, 1000 classes{', a factor a row' if per_row else ''}"
-        launch = functools.partial(_launch_scale, classes=1000, dtype=dtype, per_row=per_row)
-        cases.append(CompileCase(name, launch, 4096, 9, {"_scale_kernel": Budget(48, 64, 16)}))
+        launch, eager = (
+            functools.partial(function, classes=1000, dtype=dtype, per_row=per_row)
+            for function in (_launch_scale, _eager_scale)
+        )
+        cases.append(CompileCase(name, launch, 4096, 9, {"_scale_kernel": Budget(48, 64, 16)}, eager))
     return cases
 
 
@@ -160,8 +164,11 @@ def _case(
     name = (
         f"label_smoothed_cross_entropy {'training' if training else 'evaluation'}, {str(dtype)[6:]}, {size}x{classes}"
     )
-    launch = functools.partial(_launch_forward, classes=classes, dtype=dtype, soft=soft, training=training)
-    return CompileCase(f"{name}{', soft targets' if soft else ''}", launch, size, small, budgets)
+    launch, eager = (
+        functools.partial(function, classes=classes, dtype=dtype, soft=soft, training=training)
+        for function in (_launch_forward, _eager_forward)
+    )
+    return CompileCase(f"{name}{', soft targets' if soft else ''}", launch, size, small, budgets, eager)
 
 
 def _launch_forward(n: int, classes: int, dtype: torch.dtype, soft: bool, training: bool) -> dict[str, Stream]:
@@ -181,3 +188,23 @@ def _launch_scale(n: int, classes: int, dtype: torch.dtype, per_row: bool) -> di
     gradient = torch.empty(n, classes, dtype=dtype)
     scale_(gradient, torch.full((n,) if per_row else (), 2.0), 1.0)
     return {"gradient": Stream([gradient], 1, 1)}
+
+
+def _eager_forward(n: int, classes: int, dtype: torch.dtype, soft: bool, training: bool) -> Callable[[], object]:
+    from ..cross_entropy import label_smoothed_cross_entropy
+
+    logits = torch.zeros(n, classes, dtype=dtype, requires_grad=training)
+    target = torch.full((n, classes), 1 / classes) if soft else torch.zeros(n, dtype=torch.int64)
+
+    def run() -> object:
+        with torch.set_grad_enabled(training):
+            loss, correct = label_smoothed_cross_entropy(logits, target, 0.1, impl="eager")
+        return torch.autograd.grad(loss, logits) if training else correct
+
+    return run
+
+
+def _eager_scale(n: int, classes: int, dtype: torch.dtype, per_row: bool) -> Callable[[], object]:
+    gradient = torch.zeros(n, classes, dtype=dtype)
+    factor = torch.full((n, 1) if per_row else (), 2.0)
+    return lambda: gradient.mul_(factor)

@@ -6,7 +6,7 @@ evenly in memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -253,9 +253,31 @@ def _launch_ema(size: int, dtype: torch.dtype) -> dict[str, Stream]:
     return {"params": Stream(params, 1, 0), "shadow": Stream(shadow, 1, 1)}
 
 
+def _eager_ema(size: int, dtype: torch.dtype) -> Callable[[], object]:
+    from ..ema import ema_update as public
+
+    shadow, params, decay = _tensors(size, torch.float32), _tensors(size, dtype), torch.ones(())
+    return lambda: public(shadow, params, decay, impl="eager")
+
+
+def _step_lists(size: int, dtype: torch.dtype, has_shadow: bool) -> tuple[list[Tensor], ...]:
+    dtypes = (dtype, dtype, torch.float32, *([torch.float32] if has_shadow else []))
+    params, grads, momentum, *shadow = (_tensors(size, each) for each in dtypes)
+    return params, grads, momentum, *(shadow or [[]])
+
+
+def _eager_step(size: int, dtype: torch.dtype, has_shadow: bool) -> Callable[[], object]:
+    from ..ema import sgd_ema_step as public
+
+    params, grads, momentum, shadow = _step_lists(size, dtype, has_shadow)
+    lr, decay = torch.zeros(()), torch.ones(()) if has_shadow else None
+    lists = params, grads, momentum, shadow if has_shadow else None
+    return lambda: public(*lists, lr, 0.9, 4e-5, decay, True, impl="eager")
+
+
 def _launch_step(size: int, dtype: torch.dtype, has_shadow: bool) -> dict[str, Stream]:
-    params, grads, momentum = _tensors(size, dtype), _tensors(size, dtype), _tensors(size, torch.float32)
-    shadow, decay = (_tensors(size, torch.float32), torch.ones(())) if has_shadow else ([], None)
+    params, grads, momentum, shadow = _step_lists(size, dtype, has_shadow)
+    decay = torch.ones(()) if has_shadow else None
     sgd_ema_step(params, grads, momentum, shadow, torch.ones(()), 0.9, [4e-5] * len(params), decay, True)
     streams = {"params": Stream(params, 1, 1), "grads": Stream(grads, 1, 0), "momentum": Stream(momentum, 1, 1)}
     return streams | ({"shadow": Stream(shadow, 1, 1)} if has_shadow else {})
@@ -268,10 +290,12 @@ def compile_cases() -> list[CompileCase]:
         name = f"{str(dtype).removeprefix('torch.')} parameters, {size:,}"
         launch = partial(_launch_ema, dtype=dtype)
         budgets = {"_ema_kernel": Budget(registers=64, shared=4096, vector_bytes=16)}
-        cases.append(CompileCase(f"ema_update, {name}", launch, size, small, budgets))
+        eager = partial(_eager_ema, dtype=dtype)
+        cases.append(CompileCase(f"ema_update, {name}", launch, size, small, budgets, eager))
         for has_shadow in (True, False):
             launch = partial(_launch_step, dtype=dtype, has_shadow=has_shadow)
             budgets = {"_sgd_ema_kernel": Budget(registers=80, shared=4096, vector_bytes=16)}
             label = "sgd_ema_step" if has_shadow else "sgd_ema_step without an average"
-            cases.append(CompileCase(f"{label}, {name}", launch, size, small, budgets))
+            eager = partial(_eager_step, dtype=dtype, has_shadow=has_shadow)
+            cases.append(CompileCase(f"{label}, {name}", launch, size, small, budgets, eager))
     return cases

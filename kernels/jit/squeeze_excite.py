@@ -11,6 +11,7 @@ memory: a program reads back only what it wrote itself, behind a barrier.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -235,9 +236,11 @@ def compile_cases() -> list[CompileCase]:
     for channels, side, dtype, has_shortcut in CASES:
         name = f"squeeze_excite{'_residual' if has_shortcut else ''} {{}}, {str(dtype)[6:]}, {channels}x{side}x{side}"
         block_n = plan(side * side, channels, channels // 4, dtype).block_n
+        shape = {"channels": channels, "side": side, "dtype": dtype, "has_shortcut": has_shortcut}
         for launch, label in ((_forward_case, "forward"), (_backward_case, "backward")):
-            run = partial(launch, channels=channels, side=side, dtype=dtype, has_shortcut=has_shortcut)
-            cases.append(CompileCase(name.format(label), run, 128, max(1, block_n - 1), BUDGETS))
+            eager = partial(_eager_case, **shape, is_backward=launch is _backward_case)
+            run = partial(launch, **shape)
+            cases.append(CompileCase(name.format(label), run, 128, max(1, block_n - 1), BUDGETS, eager))
     return cases
 
 
@@ -273,3 +276,24 @@ def _backward_case(n: int, channels: int, side: int, dtype: torch.dtype, has_sho
         "dx": Stream([dx], 0, 1),
         "weights": Stream([w1, w2], 1, 0),
     }
+
+
+def _eager_case(
+    n: int, channels: int, side: int, dtype: torch.dtype, has_shortcut: bool, is_backward: bool
+) -> Callable[[], object]:
+    from ..squeeze_excite import squeeze_excite, squeeze_excite_residual
+
+    (x, shortcut, dy), weights, _ = _operands(n, channels, side, dtype)
+    leaves = [t.requires_grad_(is_backward) for t in ((x, *weights, shortcut) if has_shortcut else (x, *weights))]
+    keep_scale = [torch.ones(n)] if has_shortcut else []
+    op = squeeze_excite_residual if has_shortcut else squeeze_excite
+
+    def run_forward() -> Tensor:
+        is_low = dtype != torch.float32
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=is_low), torch.set_grad_enabled(is_backward):
+            return op(*leaves, *keep_scale, impl="eager")
+
+    if not is_backward:
+        return run_forward
+    y = run_forward()
+    return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)

@@ -215,7 +215,7 @@ def test_a_kernel_without_a_budget_is_a_violation():
         _copy_kernel[(triton.cdiv(size, 1024),)](x, y, size, BLOCK=1024)
         return {"x": Stream([x], 1, 0), "y": Stream([y], 0, 1)}
 
-    case = CompileCase("copy", launch, 4096, 8, {})
+    case = CompileCase("copy", launch, 4096, 8, {}, eager=lambda size: lambda: None)
     result = offline.compile_case(case, "sm_80")
     assert offline.case_violations(case, "sm_80", result) == ["_copy_kernel: expected a budget; got none"]
     assert (result.floor, result.elements, result.launches[0].programs) == (2 * 4 * 4096, 4096, 4)
