@@ -55,8 +55,8 @@ class Case:
         return torch.arange(self.batch) % CLASSES
 
 
-def rsengine_step(case: Case) -> tuple[Callable[[], None], TrainStep]:
-    """rsengine as a user gets it by default: uint8 pixels in, precision and layout chosen by the engine."""
+def recipe_of(case: Case) -> Recipe:
+    """The network of :func:`timm_network`, which is the family's own."""
     settings = [
         f"model.depth={case.depth}",
         f"model.stem_width={case.stem_width}",
@@ -64,7 +64,12 @@ def rsengine_step(case: Case) -> tuple[Callable[[], None], TrainStep]:
         "model.dropout=0.0",  # timm's default
         f"train.batch_size={case.batch}",
     ]
-    recipe = Recipe().with_settings(settings)
+    return Recipe().with_settings(settings)
+
+
+def rsengine_step(case: Case) -> tuple[Callable[[], None], TrainStep]:
+    """rsengine as a user gets it by default: uint8 pixels in, precision and layout chosen by the engine."""
+    recipe = recipe_of(case)
     step = TrainStep(build_model(recipe, CLASSES), recipe, Preprocess(MEAN, STD), choose_execution("cpu"), 1000)
     images, labels = case.pixels(), case.labels()
     return lambda: step(images, labels), step
@@ -97,7 +102,7 @@ class PlainLoop:
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One step. Returns its loss, (), and its logits, (N, classes), detached."""
         self.optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
             logits = self.model(images)
             loss = self.criterion(logits, labels)
         loss.backward()
@@ -115,16 +120,24 @@ def timm_network(case: Case) -> nn.Module:
 
 
 def timm_loop(
-    case: Case, *, channels_last: bool = False, autocast: bool = False, compile: bool = False
+    case: Case,
+    *,
+    channels_last: bool = False,
+    autocast: bool = False,
+    compile: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> Callable[[], object]:
-    """timm's resnetrs50 in a plain loop, with timm's average of the weights."""
+    """timm's resnetrs50 in a plain loop, with timm's average of the weights, on a batch that is on ``device``.
+
+    ``compile``: a mode of ``torch.compile``.
+    """
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = timm_network(case).to(memory_format=layout)
+    model = timm_network(case).to(device, memory_format=layout)
     ema = ModelEmaV3(model, decay=0.9999)
-    run = torch.compile(model) if compile else model
+    run = torch.compile(model, mode=compile) if compile else model
     loop = PlainLoop(run, lambda: ema.update(model), autocast=autocast)
-    images = normalised(case.pixels()).contiguous(memory_format=layout)
-    labels = case.labels()
+    images = normalised(case.pixels()).contiguous(memory_format=layout).to(device)
+    labels = case.labels().to(device)
     return lambda: loop(images, labels)
 
 
@@ -197,7 +210,7 @@ PEERS: dict[str, Callable[[Case], Callable[[], object]]] = {
     "timm, channels_last": lambda case: timm_loop(case, channels_last=True),
     "timm, channels_last, bfloat16": lambda case: timm_loop(case, channels_last=True, autocast=True),
     "timm, channels_last, bfloat16, torch.compile": lambda case: timm_loop(
-        case, channels_last=True, autocast=True, compile=True
+        case, channels_last=True, autocast=True, compile="default"
     ),
     "the report's loop": report_loop,
     "rsengine without its C passes": without_native,
