@@ -31,7 +31,7 @@ compile-report: $(READY)
 	$(BIN)/python -m rsengine.kernels.compile_report $(ARGS)
 
 gpu-check: $(READY)
-	$(BIN)/python -m rsengine.gpu_check
+	$(BIN)/python -m rsengine.gpu_check $(ARGS)
 
 setup: $(READY)
 

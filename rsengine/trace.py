@@ -95,10 +95,8 @@ class Trace(TorchDispatchMode):
         index, name = len(operations), str(func).removesuffix(".default")
         arguments = tuple(self._operand(leaf) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
         if any(self.is_ours(t) for t in inputs) and waits_for_device(func, inputs, kwargs):
-            self.note_wait(name, site, forward)
-            raise Halt
-        # An operator that returns nothing needs no shapes, and may have no fake implementation.
-        outputs = func(*args, **kwargs) if func._schema.returns else None
+            self.refuse_wait(name, site, forward)
+        outputs = self.call(func, args, kwargs)
         made = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
         self._note_crossing(func, name, inputs, made, site, forward)
         known = {storage_of(t) for t in inputs}
@@ -110,6 +108,15 @@ class Trace(TorchDispatchMode):
         launches = ours and launches_work(func, inputs, fresh)
         operations.append(Operation(name, arguments, site, forward, launches))
         return outputs
+
+    def refuse_wait(self, name: str, site: Site | None, forward: Site | None) -> None:
+        """The operator needs a value, and a fake tensor has none."""
+        self.note_wait(name, site, forward)
+        raise Halt
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator on fake tensors. One that returns nothing needs no shapes, and may have no fake version."""
+        return func(*args, **kwargs) if func._schema.returns else None
 
     def note_wait(self, name: str, site: Site | None, forward: Site | None = None) -> None:
         detail = "the host waits for the device, which a capture forbids"

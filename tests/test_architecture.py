@@ -17,7 +17,7 @@ LAYERS = [
     {"loader", "resident", "feed", "batches", "step", "graph"}
     | {"capture_check", "findings", "trace", "fake_device", "launches"}
     | {"checkpoint", "runlog", "plots", "weights", "evaluate"},
-    {"report", "trainer", "showcase", "gpu_step_check"},
+    {"report", "trainer", "showcase", "checks"},
     {"records"},
     {"train", "predict", "study", "gpu_check", "augment.__main__"},
 ]
@@ -51,6 +51,8 @@ def modules():
             yield path.stem, path
     for path in sorted((ROOT / "rsengine" / "augment").glob("*.py")):
         yield ("augment.__main__" if path.stem == "__main__" else "augment"), path
+    for path in sorted((ROOT / "rsengine" / "checks").rglob("*.py")):
+        yield "checks", path
 
 
 @pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda value: getattr(value, "name", value))

@@ -1,0 +1,1 @@
+"""Proofs about a training step, and what only a GPU can tell of it."""

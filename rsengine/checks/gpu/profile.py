@@ -1,0 +1,187 @@
+"""Where the time of a captured step goes: by kernel, and by part of the step.
+
+A replay's kernels have names and times and nothing else. So the same step runs once more plainly, each operator under a
+profiler label, which tells what the kernels of an operator are called; the two sequences are then laid side by side.
+An operator's bytes (each operand and result once) and FLOPs are shared among its kernels in proportion to
+their times.
+"""
+
+from __future__ import annotations
+
+import difflib
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from rsengine.checks.gpu.device import LABEL, Setup, Work, copy_rate, idle_share, product_rate, split_rounds
+from rsengine.checks.gpu.steps import capture, device_batches, make_step
+from rsengine.config import load_recipe
+from rsengine.launches import GRADIENTS, part_of
+from rsengine.trace import Operation, Trace
+
+SHOWN = 20
+UNPLACED = "not placed"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an operator asks of the device: the bytes of its operands and results, each once, and FLOPs."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of a replay. ``bytes`` and ``flops``: its share of its operator's."""
+
+    name: str
+    microseconds: float
+    part: str
+    bytes: float
+    flops: float
+
+
+def measure(row: str, setup: Setup) -> dict[str, Any]:
+    """``row``: ``"RECIPE, batch N"``."""
+    name, _, batch = row.partition(", batch ")
+    device = setup.device
+    recipe = load_recipe(name).with_settings([f"train.batch_size={batch}", *setup.settings])
+    step = make_step(recipe, device, bf16=True, graph=True)
+    (inputs,) = device_batches(recipe, device, 1)
+    replay = capture(step, device, recipe)
+    for _ in range(3):
+        replay(*inputs)
+    work = device.profile(lambda: [replay(*inputs) for _ in range(setup.profiled_steps + 1)])
+    split = split_rounds(work, setup.profiled_steps)
+
+    trace = LabellingTrace(device.device.type)
+
+    def labelled() -> None:
+        trace.begin()
+        with trace:
+            step(*inputs)
+
+    for _ in range(2):  # the first allocates; the second is the one that the profiler sees
+        trace = LabellingTrace(device.device.type)
+        launches = device.launches(labelled)
+    kernels = place(split, launches, [_part(operation) for operation in trace.steps[-1]], trace.costs)
+    copy, product = copy_rate(device), product_rate(device)
+    return summary(kernels) | {
+        "batch_size": recipe.train.batch_size,
+        "step_ms": (work[-1].end - work[0].start) / (setup.profiled_steps + 1) / 1e3,
+        "idle_share": idle_share([each for part in split for each in part]),
+        "operators": sum(operation.launches for operation in trace.steps[-1]),
+        "copy_gb_per_s": copy / 1e9,
+        "product_tflop_per_s": product / 1e12,
+        "wrong": [],
+    }
+
+
+class LabellingTrace(Trace):
+    """Runs every operator under a profiler label with its number, and notes what it costs."""
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__(device_type)
+        self.costs: list[Cost] = []
+
+    def refuse_wait(self, *_: Any) -> None:
+        """A real tensor has a value, and this run may wait for it."""
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        with torch.profiler.record_function(f"{LABEL}{len(self.costs)}"):
+            outputs = func(*args, **kwargs)
+        self.costs.append(cost(func, args, kwargs, outputs))
+        return outputs
+
+
+def cost(func: Any, args: Any, kwargs: Any, outputs: Any) -> Cost:
+    tensors = {id(t): t for t in tree_leaves((args, kwargs, outputs)) if isinstance(t, Tensor)}
+    count = flop_registry.get(func.overloadpacket)
+    flops = count(*args, **kwargs, out_val=outputs) if count is not None else 0
+    return Cost(sum(t.numel() * t.element_size() for t in tensors.values()), int(flops))
+
+
+def _part(operation: Operation) -> str:
+    # A gradient is added in a thread of autograd that no line of the step started, and has no forward operator.
+    return part_of(operation) if operation.forward or operation.site else GRADIENTS
+
+
+def place(
+    rounds: Sequence[Sequence[Work]],
+    launches: Sequence[tuple[int, Sequence[str]]],
+    parts: Sequence[str],
+    costs: Sequence[Cost],
+) -> list[Kernel]:
+    """The kernels of a replay, each with the part of the step that its operator belongs to.
+
+    Args:
+        rounds: of some replays, alike; times are medians over them.
+        launches: of the plain step, by operator: its number and its kernels' names.
+        parts, costs: of the operators, by number.
+    """
+    names = [work.name for work in rounds[0]]
+    times = [statistics.median(work.microseconds for work in column) for column in zip(*rounds, strict=True)]
+    plain = [(operator, name) for operator, kernels in launches for name in kernels]
+    matcher = difflib.SequenceMatcher(None, names, [name for _, name in plain], autojunk=False)
+    operators: list[int | None] = [None] * len(names)
+    for start, other, length in matcher.get_matching_blocks():
+        for i in range(length):
+            operators[start + i] = plain[other + i][0]
+    totals: defaultdict[int | None, float] = defaultdict(float)
+    for operator, time in zip(operators, times, strict=True):
+        totals[operator] += time
+    kernels = []
+    for name, time, operator in zip(names, times, operators, strict=True):
+        if operator is None:
+            kernels.append(Kernel(name, time, UNPLACED, 0, 0))
+            continue
+        share = time / totals[operator] if totals[operator] else 0.0
+        own = costs[operator]
+        kernels.append(Kernel(name, time, parts[operator], own.bytes * share, own.flops * share))
+    return kernels
+
+
+def summary(kernels: Sequence[Kernel]) -> dict[str, Any]:
+    """The largest kernels by name, the time of each part, and what was found no operator for."""
+    total = sum(kernel.microseconds for kernel in kernels)
+    by_name: defaultdict[str, list[Kernel]] = defaultdict(list)
+    for kernel in kernels:
+        by_name[kernel.name].append(kernel)
+    largest = sorted(by_name.values(), key=lambda group: -_time(group))[:SHOWN]
+    part_times: Counter[str] = Counter()
+    part_counts: Counter[str] = Counter()
+    for kernel in kernels:
+        part_times[kernel.part] += kernel.microseconds
+        part_counts[kernel.part] += 1
+    return {
+        "kernels": len(kernels),
+        "kernel_us": total,
+        "largest": [
+            {
+                "name": group[0].name,
+                "count": len(group),
+                "us": _time(group),
+                "share": _time(group) / total,
+                "gb_per_s": sum(kernel.bytes for kernel in group) / _time(group) / 1e3,
+                "tflop_per_s": sum(kernel.flops for kernel in group) / _time(group) / 1e6,
+                "parts": sorted({kernel.part for kernel in group}),
+            }
+            for group in largest
+        ],
+        "parts": [
+            {"part": part, "us": time, "share": time / total, "kernels": part_counts[part]}
+            for part, time in part_times.most_common()
+        ],
+    }
+
+
+def _time(kernels: Iterable[Kernel]) -> float:
+    return sum(kernel.microseconds for kernel in kernels) or 1e-9  # so that a rate is a number

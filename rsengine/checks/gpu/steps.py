@@ -1,0 +1,106 @@
+"""Training steps for the measurements: the network of the report's first recipe on made-up images."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from rsengine.checks.gpu.device import SIZE, Device
+from rsengine.config import Recipe
+from rsengine.device import Execution
+from rsengine.feed import Batch
+from rsengine.graph import CapturedStep, compile_forward, static_batch
+from rsengine.preprocess import Preprocess
+from rsengine.resident import ResidentData
+from rsengine.step import TrainStep
+from rsengine.weights import build_model
+
+MEAN, STD, CLASSES = (0.5,) * 3, (0.25,) * 3, 10
+STEPS_PER_EPOCH, KEPT_BATCHES = 200, 8
+
+
+def make_step(recipe: Recipe, device: Device, *, bf16: bool, graph: bool, resident: bool = False) -> TrainStep:
+    """A step of ``recipe``, from weights that its seed decides. ``graph``: one to be captured."""
+    torch.manual_seed(recipe.train.seed)
+    preprocess = Preprocess(MEAN, STD, device.device)
+    execution = Execution(device.device, torch.bfloat16 if bf16 else None, 1, "gpu check")
+    data = resident_data(recipe, device, preprocess) if resident else None
+    model = build_model(recipe, CLASSES)
+    return TrainStep(model, recipe, preprocess, execution, STEPS_PER_EPOCH, resident=data, keep_gradients=graph)
+
+
+def resident_data(recipe: Recipe, device: Device, preprocess: Preprocess | None) -> ResidentData:
+    images, labels = (torch.cat(parts) for parts in zip(*host_batches(recipe, KEPT_BATCHES), strict=True))
+    return ResidentData(
+        images.to(device.device), labels.to(device.device), recipe.train.batch_size, recipe.augment, MEAN,
+        seed=recipe.train.seed, epochs=STEPS_PER_EPOCH, steps_per_epoch=KEPT_BATCHES, preprocess=preprocess,
+    )  # fmt: skip
+
+
+def host_batches(recipe: Recipe, count: int = KEPT_BATCHES) -> list[Batch]:
+    """Batches that can be learned: the class is a brightness, under noise."""
+    generator, size = torch.Generator().manual_seed(1), recipe.train.batch_size
+    batches = []
+    for _ in range(count):
+        labels = torch.randint(0, CLASSES, (size,), generator=generator)
+        noise = torch.randint(0, 100, (size, *SIZE, 3), generator=generator)
+        batches.append(((noise + 15 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels))
+    return batches
+
+
+def device_batches(recipe: Recipe, device: Device, count: int = KEPT_BATCHES) -> list[Batch]:
+    return [tuple(tensor.to(device.device) for tensor in batch) for batch in host_batches(recipe, count)]
+
+
+def capture(step: TrainStep, device: Device, recipe: Recipe) -> CapturedStep:
+    inputs = () if step.resident is not None else static_batch(recipe.train.batch_size, SIZE, device.device)
+    return CapturedStep(step, inputs, device.recorder())
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run a step.
+
+    Attributes:
+        benchmark: with ``torch.backends.cudnn.benchmark``, which picks each convolution's algorithm by trying them.
+    """
+
+    name: str
+    graph: bool = False
+    compile: bool = False
+    resident: bool = False
+    benchmark: bool = False
+
+    def prepare(self, recipe: Recipe, device: Device) -> Callable[[], None]:
+        """A callable that does one step on a batch that is on the device already; it has run three times."""
+        step = make_step(recipe, device, bf16=True, graph=self.graph, resident=self.resident)
+        if self.compile:
+            compile_forward(step.model)
+        inputs = () if self.resident else device_batches(recipe, device, 1)[0]
+        with benchmark_flag(self.benchmark):
+            call = capture(step, device, recipe) if self.graph else step
+
+        def run() -> None:
+            call(*inputs)
+
+        # A captured step has chosen its algorithms in its warm-up; a plain one chooses at each call.
+        ready = with_benchmark_flag(run) if self.benchmark and not self.graph else run
+        for _ in range(3):
+            ready()
+        return ready
+
+
+def benchmark_flag(on: bool) -> AbstractContextManager[None]:
+    return torch.backends.cudnn.flags(enabled=True, benchmark=True) if on else contextlib.nullcontext()
+
+
+def with_benchmark_flag(run: Callable[[], object]) -> Callable[[], None]:
+    def flagged() -> None:
+        with benchmark_flag(True):
+            run()
+
+    return flagged

@@ -1,0 +1,65 @@
+"""Whole runs of recipes, by the command that a user types, and what their logs say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rsengine.checks.gpu.device import Setup
+from rsengine.runlog import EPOCH, METRICS_FILE, START
+
+GOAL = 0.9119  # the test accuracy of the report that this project grew out of
+DRY_RUN = ("--data", "digits", "--set", "train.limit_train_batches=4", "--epochs", "2")
+ARGUMENTS = {
+    "quickstart, FFCV": ("--recipe", "quickstart", "--set", "train.loader=ffcv"),
+    "quickstart, resident": ("--recipe", "quickstart", "--set", "train.loader=resident"),
+    "quickstart, resident, plain steps": ("--recipe", "quickstart", "--set", "train.loader=resident", "--no-graph"),
+    "speedrun, resident": ("--recipe", "speedrun", "--set", "train.loader=resident"),
+}
+
+
+def measure(row: str, setup: Setup) -> dict[str, Any]:
+    if importlib.util.find_spec("ffcv") is None:
+        return {"left_out": "FFCV is not installed, and converting a data set needs it"}
+    device = setup.device.device.type
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "rsengine.train", *ARGUMENTS[row], "--or-digits", "--device", device]
+        out = Path(folder) / "run"
+        command += () if setup.device.is_gpu else DRY_RUN
+        status: int | str
+        try:
+            status = subprocess.run([*command, "--out", str(out)], timeout=setup.seconds).returncode
+        except subprocess.TimeoutExpired:
+            status = "timeout"
+        log = out / METRICS_FILE
+        records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    wrong = [f"the run ended with status {status}"] if status else []
+    return summary(records) | {"command": " ".join(command[1:]), "wrong": wrong}
+
+
+def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The story of a run: its start, images/s and accuracy by epoch, and when it reached :data:`GOAL`."""
+    start = next((record for record in records if record["kind"] == START), {})
+    epochs = [record for record in records if record["kind"] == EPOCH]
+    reached = next((record for record in epochs if _accuracy(record) >= GOAL), None)
+    return {
+        "first_step_s": start.get("time_to_first_step"),
+        "graph": start.get("graph"),
+        "epochs": [record["epoch"] for record in epochs],
+        "accuracy": [_accuracy(record) for record in epochs],
+        "images_per_second": [record["images_per_second"] for record in epochs],
+        "evaluation_s": [record["eval_seconds"] for record in epochs],
+        "seconds": epochs[-1]["seconds"] if epochs else None,
+        "goal": GOAL,
+        "seconds_to_goal": reached["seconds"] if reached else None,
+    }
+
+
+def _accuracy(record: dict[str, Any]) -> float:
+    ema = record["test_accuracy_ema"]
+    return record["test_accuracy"] if ema is None else ema
