@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from rsengine.checks.gpu import report
-from rsengine.checks.gpu.parts import PARTS, Part
+from rsengine.checks.gpu.parts import CARD, PARTS, Part
 from rsengine.checks.gpu.runner import ROOT, Check
 from rsengine.files import write_atomically
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         known = ", ".join(part.name for part in PARTS)
         print(f"error: --parts: no part is called {', '.join(unknown)}; there are {known}", file=sys.stderr)
         return 2
-    parts = [part for name in dict.fromkeys(names) for part in PARTS if part.name == name]
+    parts = [part for name in dict.fromkeys([CARD.name, *names]) for part in PARTS if part.name == name]
     if arguments.list:
         print(listing(parts))
         return 0

@@ -56,7 +56,7 @@ def story(results: Results) -> Iterator[str]:
 
 def render(results: Results, calls: Sequence[dict[str, Any]]) -> str:
     """The whole document."""
-    device = results.get("smoke", {}).get("card", {}).get("device", {})
+    device = results.get("card", {}).get("card", {}).get("device", {})
     lines = [f"# Measured on {device.get('name', 'a device that did not say its name')}", ""]
     for call in calls:
         lines.append(f"- `{call['command']}`, {call['date']}, {call['seconds']} s, source {call['source']}")
@@ -91,7 +91,7 @@ def _good(results: Results, part: str) -> dict[str, dict[str, Any]]:
 
 
 def _device_lines(results: Results) -> Iterator[str]:
-    device = results.get("smoke", {}).get("card", {}).get("device")
+    device = results.get("card", {}).get("card", {}).get("device")
     if device:
         yield (
             f"{device['name']}: a copy moves {device['copy_gb_per_s']:,.0f} GB/s (read and written), a bfloat16 matrix "

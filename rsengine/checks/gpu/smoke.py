@@ -16,12 +16,10 @@ from rsengine.checks.gpu.steps import capture, device_batches, make_step
 from rsengine.data import find_dataset
 from rsengine.kernels import (
     augment_batch,
-    explain,
     label_smoothed_cross_entropy,
     sgd_ema_step,
     squeeze_excite_residual,
 )
-from rsengine.kernels.dispatch import OPS
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative, of a tensor's length
 STAGES = ((256, 8), (512, 4), (1024, 2), (2048, 1))  # channels, side: ResNet-RS-50 at 32x32
@@ -29,7 +27,6 @@ STAGES = ((256, 8), (512, 4), (1024, 2), (2048, 1))  # channels, side: ResNet-RS
 
 def measure(row: str, setup: Setup) -> dict[str, Any]:
     checks: dict[str, Callable[[Setup], dict[str, Any]]] = {
-        "card": card,
         "cross-entropy": cross_entropy,
         "block epilogue": block_epilogue,
         "update": update,
@@ -39,10 +36,6 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
         "feeder": feeder,
     }
     return {"wrong": []} | checks[row](setup)
-
-
-def card(setup: Setup) -> dict[str, Any]:
-    return {"device": setup.device.describe(), "choices": [explain(op) for op in OPS]}
 
 
 def cross_entropy(setup: Setup) -> dict[str, Any]:

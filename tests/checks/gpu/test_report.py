@@ -59,8 +59,8 @@ DEVICE = {
     "host": {"python": "3.12.1", "torch": "2.11.0", "ffcv": None},
 }  # fmt: skip
 RESULTS = {
+    "card": {"card": {"device": DEVICE, "choices": [], "wrong": [], "seconds": 5.0}},
     "smoke": {
-        "card": {"device": DEVICE, "choices": [], "wrong": [], "seconds": 5.0},
         "feeder": {"left_out": "FFCV is not installed", "seconds": 0.1},
         "update": {"wrong": ["Triton and eager differ by 0.3, relative"], "seconds": 1.2},
     },
@@ -184,7 +184,7 @@ def test_the_summary_is_short_however_much_is_wrong():
         and f"  and {len(report.failures(RESULTS | many)) - report.SHOWN_WRONG} more" in lines
     )
     assert max(map(len, lines)) <= 1000
-    assert lines[-1].startswith("not measured yet; call again to go on: smoke (")
+    assert lines[-1].startswith("not measured yet; call again to go on: smoke (cross-entropy")
 
 
 def test_a_summary_of_nothing():
@@ -270,7 +270,7 @@ def test_without_a_gpu_it_says_so_and_changes_nothing(capsys, tmp_path, monkeypa
 
 def test_an_unknown_part_is_one_line_with_those_there_are(capsys):
     assert gpu_check.main(["--parts", "smoke,compile"]) == 2
-    assert capsys.readouterr().err.startswith("error: --parts: no part is called compile; there are smoke, equality,")
+    assert capsys.readouterr().err.startswith("error: --parts: no part is called compile; there are card, smoke,")
 
 
 def test_the_times_on_paper_are_those_of_the_parts(capsys):
@@ -278,7 +278,7 @@ def test_the_times_on_paper_are_those_of_the_parts(capsys):
     listing = capsys.readouterr().out
     assert listing.strip() in (ROOT / "docs" / "gpu-check.md").read_text()
     assert gpu_check.main(["--list", "--parts", "train,smoke"]) == 0
-    assert [line.split("`")[1] for line in capsys.readouterr().out.splitlines()[2:-1]] == ["train", "smoke"]
+    assert [line.split("`")[1] for line in capsys.readouterr().out.splitlines()[2:-1]] == ["card", "train", "smoke"]
 
 
 def test_a_second_call_of_the_day_goes_on_wherever_the_first_wrote(tmp_path, capsys):

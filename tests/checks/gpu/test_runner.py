@@ -147,7 +147,7 @@ def test_ctrl_c_ends_everything_and_loses_nothing(tmp_path):
     assert process.returncode == 130
     assert "interrupted; what was measured is written, and a second call goes on" in output
     (file,) = tmp_path.glob("*.json")
-    assert json.loads(file.read_text())["parts"]["smoke"]["card"]["wrong"] == []
+    assert json.loads(file.read_text())["parts"]["card"]["card"]["wrong"] == []
     assert file.with_suffix(".md").exists()
     assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], text=True, capture_output=True).stdout
 
@@ -182,4 +182,4 @@ def test_it_works_in_a_copied_tree_without_installation_and_without_ffcv(tmp_pat
     parts = json.loads(file.read_text())["parts"]
     assert parts["smoke"]["feeder"]["left_out"] == "FFCV is not installed"
     assert "FFCV is not installed" in parts["train"]["quickstart, resident"]["left_out"]
-    assert parts["smoke"]["card"]["device"]["copy_gb_per_s"] > 0
+    assert parts["card"]["card"]["device"]["copy_gb_per_s"] > 0
