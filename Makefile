@@ -28,7 +28,7 @@ bench-train: $(READY)
 	$(BIN)/python -m bench.train_step_table .benchmarks/train-step.json > bench/results/train-step.md
 
 compile-report: $(READY)
-	$(BIN)/python -m rsengine.kernels.compile_report $(ARGS)
+	$(BIN)/python -m rsengine.kernels.proof.compile_report $(ARGS)
 
 gpu-check: $(READY)
 	$(BIN)/python -m rsengine.gpu_check $(ARGS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from bench.peers import Case, recipe_of, timm_loop
+from bench.baselines import Case, recipe_of, timm_loop
 from rsengine.checks.gpu.device import Setup, time_in_turn
 from rsengine.checks.gpu.steps import Way, with_benchmark_flag
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.measure import seconds
-from rsengine.layers import _patches
+from rsengine.model.layers import _patches
 
 BATCH = 128
 SHAPES = [  # pixels a side, channels in, channels out, stride

@@ -18,9 +18,10 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from bench.test_pipeline import BATCH, IMAGES, MEAN, beton  # noqa: F401  (a fixture)
+from rsengine.augment.from_recipe import training_augmentations
 from rsengine.config import AugmentSection
-from rsengine.data.reader import BetonReader
-from rsengine.loader import BetonLoader, training_augmentations
+from rsengine.data.beton.reader import BetonReader
+from rsengine.input.stream import BetonLoader
 
 PLAIN = {"crop_padding": 4, "flip": True, "cutout_holes": 4, "cutout_size": 4}
 ROUNDS = 5
@@ -137,7 +138,8 @@ FIRST_BATCH = """
 import sys, time
 start = time.perf_counter()
 from rsengine.config import AugmentSection
-from rsengine.loader import BetonLoader, training_augmentations
+from rsengine.augment.from_recipe import training_augmentations
+from rsengine.input.stream import BetonLoader
 settings = {"policy": "autoaugment", "cutout_holes": 4, "cutout_size": 4}
 operations = training_augmentations(AugmentSection(**settings), (0.5, 0.5, 0.5), 0)
 next(BetonLoader(sys.argv[1], 250, augmentations=operations, shuffle=True).epoch(0))

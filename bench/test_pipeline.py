@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from bench.measure import DEVICE
+from rsengine.augment.from_recipe import training_augmentations
 from rsengine.config import AugmentSection
 from rsengine.data import convert
-from rsengine.loader import BetonLoader, training_augmentations
-from rsengine.resident import ResidentData, read_images
+from rsengine.input.resident import ResidentData, read_images
+from rsengine.input.stream import BetonLoader
 
 IMAGES, BATCH = 9000, 250
 MEAN = (0.5, 0.5, 0.5)

@@ -10,14 +10,14 @@ import statistics
 import pytest
 import torch
 
-from bench.apart import OURS, Apart
-from bench.peers import PEERS, Case, matmul_rate, rsengine_step
+from bench.baselines import PEERS, Case, matmul_rate, rsengine_step
+from bench.contender import OURS, Apart
 from rsengine.config import load_recipe
 from rsengine.device import choose_execution
-from rsengine.preprocess import Preprocess
-from rsengine.runlog import versions
-from rsengine.step import TrainStep
-from rsengine.weights import build_model
+from rsengine.engine.build import build_model
+from rsengine.engine.step import TrainStep
+from rsengine.model.preprocess import Preprocess
+from rsengine.run.machine import versions
 
 CASES = [
     Case(50, stem_width=32, stem_stride=2, size=32, batch=128),

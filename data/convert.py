@@ -20,14 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-from rsengine.data.beton import IMAGE_FORMATS, Job, write_betons
+from rsengine.data.beton.scan import Scan, scan
+from rsengine.data.beton.writer import IMAGE_FORMATS, Job, write_betons
 from rsengine.data.dataset import BETONS, DESCRIPTION, Dataset, load_dataset
 from rsengine.data.errors import DataError
-from rsengine.data.scan import Scan, scan
-from rsengine.data.source import Source, with_validation
-from rsengine.data.sources import open_source
+from rsengine.data.sources.base import Source, with_validation
+from rsengine.data.sources.open import open_source
+from rsengine.data.sources.tree import digest_of_list
 from rsengine.data.staging import staged_folder
-from rsengine.data.tree import digest_of_list
 
 PACKAGES = ("rsengine", "ffcv", "numpy", "pillow")
 LARGEST_SIZE = 4096
@@ -51,7 +51,7 @@ def convert(
     """Convert `source` to the folder `out`, which is complete when this returns and untouched when it raises.
 
     Args:
-        source: a path, or "digits"; see `rsengine.data.sources.open_source`.
+        source: a path, or "digits"; see `rsengine.data.sources.open.open_source`.
         out: a folder that does not exist or is empty.
         size: resize the shorter side to so many pixels and cut out the middle square; None keeps every size.
         verify: compare official CIFAR files with their published checksums.

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rsengine.data.beton.reader import ALLOCATION, read_header
 from rsengine.data.errors import DataError
-from rsengine.data.reader import ALLOCATION, read_header
 
 FORMAT = "rsengine dataset"
 FORMAT_VERSION = 1

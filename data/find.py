@@ -13,12 +13,12 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from rsengine.data.archives import file_digest
 from rsengine.data.convert import convert
 from rsengine.data.dataset import DESCRIPTION, FORMAT_VERSION, Dataset, load_dataset
 from rsengine.data.errors import DataError
-from rsengine.data.official import BY_ARCHIVE, FOLDERS
-from rsengine.data.sources import DIGITS, source_name
+from rsengine.data.sources.archives import file_digest
+from rsengine.data.sources.official import BY_ARCHIVE, FOLDERS
+from rsengine.data.sources.open import DIGITS, source_name
 
 VARIABLE = "RSENGINE_DATA"
 CACHE_VARIABLE = "RSENGINE_CACHE"

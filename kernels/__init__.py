@@ -3,12 +3,13 @@
 Imported as ``rsengine.kernels``. Knows torch only; importing it costs nothing else and asks no device anything.
 """
 
-from .augment import PolicyTables, augment_batch
-from .batch_norm import batch_norm, batch_norm_squeeze_excite_residual
+from .augment import augment_batch
+from .augment_tables import PolicyTables
+from .batch_normalization import batch_norm, batch_norm_squeeze_excite_residual
 from .cross_entropy import label_smoothed_cross_entropy
 from .dispatch import explain
 from .ema import ema_update, sgd_ema_step
-from .squeeze_excite import squeeze_excite, squeeze_excite_residual
+from .squeeze_excitation import squeeze_excite, squeeze_excite_residual
 
 __all__ = [
     "PolicyTables",

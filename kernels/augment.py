@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .augment_eager import FLIPS, augment_eager
+from .augment_eager import augment_eager
+from .augment_tables import FLIPS, PolicyTables
 from .dispatch import choose
 
 TRITON_PIXELS = 4096  # the largest image that one program of the Triton kernel holds
-
-
-class PolicyTables(NamedTuple):
-    """The tables of a compiled policy on the device of the images; shapes as :class:`rsengine.augment.program.Program`
-    says, which also says how draws become operations."""
-
-    kinds: Tensor
-    factors: Tensor
-    lookups: Tensor
-    tables: Tensor
-    fixed: Tensor
-    matrices: Tensor
-    first: Tensor
-    levels: Tensor
-    gates: Tensor
-    exponentials: Tensor
 
 
 def augment_batch(

@@ -13,10 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What a setting of a policy makes of an image. The operations that map each value by itself share LOOKUP.
-IDENTITY, LOOKUP, AFFINE, COLOR, CONTRAST, SHARPNESS, AUTOCONTRAST, EQUALIZE = range(8)
-CROP_STREAM, FLIP_STREAM, CUTOUT_STREAM, POLICY_STREAM = 1, 2, 3, 4  # of random numbers
-FLIPS = ("none", "random", "alternating")
+from .augment_tables import (
+    AFFINE,
+    AUTOCONTRAST,
+    COLOR,
+    CONTRAST,
+    CROP_STREAM,
+    EQUALIZE,
+    IDENTITY,
+    LOOKUP,
+    SHARPNESS,
+)
 
 _LOW = 2**32 - 1
 _ONE = 65536  # the sum of AugMix's weights

@@ -112,8 +112,8 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class OptimizerSection:
-    """SGD for all, or for all but the convolutions (:mod:`rsengine.muon`). Weight decay is SGD's, the coupled kind,
-    added to the gradient."""
+    """SGD for all, or for all but the convolutions (:mod:`rsengine.engine.muon`). Weight decay is SGD's, the coupled
+    kind, added to the gradient."""
 
     name: str = _choice("sgd", OPTIMIZERS, help="sgd, or muon for the convolutions and sgd for all else")
     momentum: float = _number(0.9, 0.0, 0.9999, help="momentum")
@@ -155,7 +155,8 @@ class EmaSection:
 @dataclass(frozen=True)
 class AugmentSection:
     """What happens to training images, in this order: to each by itself in the data pipeline, on uint8 pixels; then to
-    a batch in the step (:mod:`rsengine.mix`). With mixup and cutmix both on, each batch gets one of them at random."""
+    a batch in the step (:mod:`rsengine.augment.mixup`). With mixup and cutmix both on, each batch gets one of them at
+    random."""
 
     crop_padding: int = _number(4, 0, integer=True, help="pad by this many pixels and crop back; 0: no crop")
     crop_mode: str = _choice("zero", CROP_MODES, help="pad with black, or with the image mirrored at its border")

@@ -1,144 +1,23 @@
-"""Accuracy, loss and confusion matrix of a network on a whole split.
-
-Also a command: ``python -m rsengine.evaluate RUN`` measures the saved weights of a run folder again.
-"""
+"""``python -m rsengine.evaluate RUN``: measure the saved weights of a run folder on a test set."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from rsengine.device import Execution, choose_execution
-from rsengine.graph import CapturedStep
-from rsengine.kernels import label_smoothed_cross_entropy
-from rsengine.preprocess import Preprocess
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a network does on a split."""
-
-    loss: float  # mean over images
-    accuracy: float  # 0 to 1
-    confusion: np.ndarray  # (C, C) int64, rows: true class, columns: predicted
-
-    @property
-    def images(self) -> int:
-        return int(self.confusion.sum())
-
-
-class EvaluationStep:
-    """Adds one batch to the sums of several networks: ``step(images, labels)``, (N, H, W, 3) uint8 and (N,) int64.
-
-    A tensor program like the training step: nothing in it waits for the device, so that it can be captured. To be
-    called inside :meth:`evaluation_mode`.
-
-    Args:
-        models: by name.
-        label_smoothing: with that of training, the loss can be drawn beside the training loss.
-    """
-
-    def __init__(
-        self,
-        models: Mapping[str, nn.Module],
-        preprocess: Preprocess,
-        execution: Execution,
-        num_classes: int,
-        label_smoothing: float = 0.0,
-    ) -> None:
-        self.models, self.preprocess, self.execution = dict(models), preprocess, execution
-        self.num_classes, self.label_smoothing = num_classes, label_smoothing
-        device = execution.device
-        self.losses = {name: torch.zeros((), dtype=torch.float64, device=device) for name in models}
-        cells = num_classes**2
-        self.confusions = {name: torch.zeros(cells, dtype=torch.int64, device=device) for name in models}
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor, labels: Tensor) -> None:
-        x = self.preprocess(images)
-        for name, model in self.models.items():
-            with self.execution.autocast():
-                logits = model.forward(x)  # past Module.compile: what is compiled for training is not compiled again
-            loss, _ = label_smoothed_cross_entropy(logits, labels, self.label_smoothing, "sum")
-            self.losses[name].add_(loss.double())
-            cells = labels * self.num_classes + logits.argmax(dim=1)
-            self.confusions[name].scatter_add_(0, cells, torch.ones_like(cells))  # bincount would wait for the device
-
-    def state_tensors(self) -> list[Tensor]:
-        """What a call changes and keeps, always at the same addresses."""
-        return [*self.losses.values(), *self.confusions.values()]
-
-    @contextlib.contextmanager
-    def evaluation_mode(self) -> Iterator[None]:
-        """The networks in evaluation mode, and every module of them back in its own mode afterwards."""
-        modes = [(module, module.training) for model in self.models.values() for module in model.modules()]
-        try:
-            for model in self.models.values():
-                model.eval()
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-
-    def measure(
-        self, batches: Iterable[tuple[Tensor, Tensor]], captured: CapturedStep | None = None
-    ) -> dict[str, Evaluation]:
-        """Measure the networks on ``batches``, whose last may be smaller. Waits for the device once, at the end.
-
-        No parameter, buffer, mode or random number generator changes.
-
-        Args:
-            captured: this step captured; used for the batches of its size, and the step itself for the others.
-        """
-        for tensor in self.state_tensors():  # of an evaluation that broke off
-            tensor.zero_()
-        device = self.execution.device
-        with self.evaluation_mode():
-            for images, labels in batches:
-                fits = captured is not None and images.shape == captured.inputs[0].shape
-                (captured if fits else self)(images.to(device), labels.to(device))
-        return self._results()
-
-    def _results(self) -> dict[str, Evaluation]:
-        results = {}
-        for name in self.models:
-            confusion = self.confusions[name].reshape(self.num_classes, self.num_classes).cpu().numpy().copy()
-            count = max(int(confusion.sum()), 1)
-            results[name] = Evaluation(float(self.losses[name]) / count, float(np.trace(confusion)) / count, confusion)
-        return results
-
-
-def evaluate(
-    models: Mapping[str, nn.Module],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    preprocess: Preprocess,
-    execution: Execution,
-    num_classes: int,
-    label_smoothing: float = 0.0,
-) -> dict[str, Evaluation]:
-    """Measure several networks in one pass over the same batches: :class:`EvaluationStep`, once.
-
-    Args:
-        batches: (N, H, W, 3) uint8 images and (N,) int64 labels; the last batch may be smaller.
-
-    Returns:
-        An :class:`Evaluation` for each name.
-    """
-    return EvaluationStep(models, preprocess, execution, num_classes, label_smoothing).measure(batches)
+from rsengine.data import DataError, find_dataset
+from rsengine.device import choose_execution
+from rsengine.engine.evaluation import evaluate
+from rsengine.errors import LoaderError
+from rsengine.input.stream import BetonLoader
+from rsengine.model.preprocess import Preprocess
+from rsengine.run.weights import WeightsError, load_weights
 
 
 def main(argv: list[str] | None = None) -> int:
-    from rsengine.data import DataError, find_dataset
-    from rsengine.loader import BetonLoader, LoaderError
-    from rsengine.weights import WeightsError, load_weights
-
+    """The command. Returns its exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m rsengine.evaluate", description="Measure saved weights on a test set."
     )

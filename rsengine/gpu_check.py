@@ -26,7 +26,7 @@ import torch
 from rsengine.checks.gpu import report
 from rsengine.checks.gpu.parts import CARD, PARTS, Part
 from rsengine.checks.gpu.runner import ROOT, Check
-from rsengine.files import write_atomically
+from rsengine.run.files import write_atomically
 
 RESULTS, DRY_RUNS = ROOT / "bench" / "results", ROOT / "runs" / "gpu-check"
 SECONDS = 430.0

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from rsengine.data import DataError
-from rsengine.data.images import decode_rgb, resize_and_crop
+from rsengine.data.sources.images import decode_rgb, resize_and_crop
 from rsengine.device import choose_execution
-from rsengine.preprocess import Preprocess
-from rsengine.weights import Weights, WeightsError, load_weights
+from rsengine.model.preprocess import Preprocess
+from rsengine.run.weights import Weights, WeightsError, load_weights
 
 
 @torch.inference_mode()

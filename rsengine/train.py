@@ -9,16 +9,17 @@ import shlex
 import sys
 from pathlib import Path
 
-from rsengine.batches import LoaderError
-from rsengine.checkpoint import FILE, CheckpointError, load_checkpoint
 from rsengine.config import Recipe, RecipeError, describe, load_recipe, recipe_names
 from rsengine.data import DataError, Dataset, find_dataset
 from rsengine.device import choose_execution
-from rsengine.display import duration
-from rsengine.files import write_atomically
-from rsengine.graph import explain_step
+from rsengine.engine.graph import explain_step
+from rsengine.errors import LoaderError
 from rsengine.kernels import explain
-from rsengine.records import write_records
+from rsengine.run.checkpoint import FILE, CheckpointError, load_checkpoint
+from rsengine.run.files import write_atomically
+from rsengine.run.log import EPOCH
+from rsengine.run.progress import duration
+from rsengine.run.records import write_records
 from rsengine.trainer import DivergedError, Trainer
 
 RECIPE_FILE = "recipe.toml"
@@ -89,7 +90,16 @@ def _train(arguments: argparse.Namespace) -> int:
     resume += " --no-graph" * arguments.no_graph + " --compile" * arguments.compile
     _announce(trainer, dataset, explain_step(execution, graph, compile))
     stopped = trainer.run()
-    write_records(trainer)
+    if not trainer.result and trainer.log.records(EPOCH):
+        trainer.evaluate()  # this process resumed a run and evaluated nothing itself
+    write_records(
+        out,
+        recipe=recipe,
+        dataset=dataset,
+        execution=execution,
+        model=trainer.step.model,
+        result=trainer.result,
+    )
     if stopped:
         where = f"step {trainer.steps_done} of {trainer.total_steps}"
         say(f"stopped after {where}; everything is saved. Go on with: {resume}")

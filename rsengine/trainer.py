@@ -13,20 +13,22 @@ from typing import Any
 import psutil
 import torch
 
-from rsengine import runlog
-from rsengine.batches import open_batches
-from rsengine.checkpoint import BEST_FILE, FILE, CheckpointError, save_checkpoint
 from rsengine.config import Recipe
 from rsengine.data import Dataset
 from rsengine.device import Execution
-from rsengine.display import Display
-from rsengine.evaluate import Evaluation, EvaluationStep
-from rsengine.files import atomic_path
-from rsengine.graph import CapturedStep, CudaRecorder, choose_step, static_batch, uses_graph
-from rsengine.preprocess import Preprocess
-from rsengine.signals import StopRequest, stop_requests
-from rsengine.step import TrainStep, image_sizes
-from rsengine.weights import build_model, save_weights
+from rsengine.engine.build import build_model
+from rsengine.engine.evaluation import Evaluation, EvaluationStep
+from rsengine.engine.graph import CapturedStep, CudaRecorder, choose_step, static_batch, uses_graph
+from rsengine.engine.step import TrainStep, image_sizes
+from rsengine.input.batches import open_batches
+from rsengine.model.preprocess import Preprocess
+from rsengine.run.checkpoint import BEST_FILE, FILE, CheckpointError, save_checkpoint
+from rsengine.run.files import atomic_path
+from rsengine.run.log import EPOCH, INTERVAL, START, RunLog
+from rsengine.run.machine import machine, versions
+from rsengine.run.progress import Display
+from rsengine.run.signals import StopRequest, stop_requests
+from rsengine.run.weights import save_weights
 
 
 class DivergedError(RuntimeError):
@@ -89,7 +91,7 @@ class Trainer:
             models["ema"] = self.step.ema_model
         self.evaluation = EvaluationStep(models, preprocess, execution, classes, recipe.train.label_smoothing)
         self.captured_evaluation: CapturedStep | None = None
-        self.log = runlog.RunLog(out)
+        self.log = RunLog(out)
         self.progress = Progress()
         self.best: dict[str, float | int] = {"accuracy": -1.0, "epoch": 0}
         self.result: dict[str, Evaluation] = {}  # of the last evaluation in this process
@@ -188,7 +190,7 @@ class Trainer:
         train_seconds = progress.epoch_seconds
         raw, ema = self.result["raw"], self.result.get("ema")
         record = {
-            "kind": runlog.EPOCH,
+            "kind": EPOCH,
             "epoch": progress.epoch + 1,
             "step": self.steps_done,
             "train_loss": progress.loss / progress.images,
@@ -230,7 +232,7 @@ class Trainer:
         seconds = time.time() - psutil.Process().create_time()
         self.log.append(
             {
-                "kind": runlog.START,
+                "kind": START,
                 "step": self.steps_done - 1,
                 "time_to_first_step": seconds,
                 "device": self.execution.device.type,
@@ -239,8 +241,8 @@ class Trainer:
                 "graph": self.graph,
                 "compiled": self.compile,
                 "resumed": self.resumed,
-                "machine": runlog.machine(),
-                "versions": runlog.versions(),
+                "machine": machine(),
+                "versions": versions(),
             }
         )
 
@@ -257,7 +259,7 @@ class Trainer:
         progress.correct += totals.correct
         progress.images += totals.images
         record = {
-            "kind": runlog.INTERVAL,
+            "kind": INTERVAL,
             "step": self.steps_done,
             "epoch": self.steps_done / self.steps_per_epoch,
             "train_loss": totals.loss / totals.images,
@@ -289,7 +291,7 @@ class Trainer:
         progress = asdict(self.progress)
         return {
             "recipe": self.recipe.to_toml(),
-            "versions": runlog.versions(),
+            "versions": versions(),
             "dataset": self._dataset_identity(),
             "epoch": progress.pop("epoch"),
             "batch": progress.pop("batch"),

@@ -17,15 +17,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SE, CE, EMA, TABLE = (
-    f"kernels/jit/{name}.py" for name in ("squeeze_excite_kernels", "cross_entropy_kernels", "ema", "ema_table")
+    f"kernels/jit/{name}.py" for name in ("squeeze_excite_kernels", "cross_entropy_kernels", "ema_kernels", "ema_table")
 )
 AUGMENT = "kernels/jit/augment_kernels.py"
 AUGMENT_TESTS = "tests/kernels/jit/test_augment.py"
 SE_TESTS, CE_TESTS, EMA_TESTS = (
     f"tests/kernels/jit/test_{name}.py" for name in ("squeeze_excite", "cross_entropy", "ema")
 )
-COMPILE_TESTS = "tests/kernels/test_compile.py"
-BN, PASSES, BN_TESTS = "kernels/batch_norm.py", "kernels/native/passes.h", "tests/kernels/test_batch_norm.py"
+COMPILE_TESTS = "tests/kernels/proof/test_compile.py"
+BN, PASSES = "kernels/batch_normalization.py", "kernels/native/passes.h"
+BN_TESTS = "tests/kernels/test_batch_normalization.py"
 
 # (what is wrong, file, the code as it is, the faulty code, the tests that must notice)
 FAULTS = [

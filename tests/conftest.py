@@ -36,4 +36,4 @@ def toy_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 @pytest.fixture
 def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batch norm by PyTorch's operators, as on a GPU: a recorder of operators does not see the compiled passes."""
-    monkeypatch.setattr(sys.modules["rsengine.kernels.batch_norm"], "choose_native", lambda *_: "eager")
+    monkeypatch.setattr(sys.modules["rsengine.kernels.batch_normalization"], "choose_native", lambda *_: "eager")

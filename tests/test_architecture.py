@@ -1,4 +1,4 @@
-"""The rooms and the one direction of imports, read from the source."""
+"""Who may import whom, by folder, and that no files import each other in a circle; read from the source."""
 
 import ast
 import subprocess
@@ -8,97 +8,149 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ENTRY_POINTS = {"train", "predict", "evaluate", "study", "gpu_check"}
-# A module may import from lower layers, and from its own.
-LAYERS = [
-    {"kernels", "data", "files", "device", "signals", "display", "schedule", "preprocess", "layers"},
-    {"model", "augment", "mix", "muon"},
+COMMANDS = {"train", "evaluate", "predict", "capture_check", "gpu_check", "augment.__main__"}
+# A folder or file of rsengine may import from the lines above its own, and from its own.
+LEVELS = [
+    {"kernels", "data"},
+    {"schedule", "device", "errors"},
+    {"model", "augment"},
     {"config"},
-    {"loader", "resident", "feed", "batches", "step", "graph"}
-    | {"capture_check", "findings", "trace", "fake_device", "launches"}
-    | {"checkpoint", "runlog", "plots", "weights", "evaluate"},
-    {"report", "trainer", "showcase", "checks"},
-    {"records"},
-    {"train", "predict", "study", "gpu_check", "augment.__main__"},
+    {"engine", "input", "run", "checks"},
+    {"trainer"},
+    COMMANDS,
 ]
+HOUSES = ("rsengine", "kernels", "data", "bench")
 
 
-def layer_of(module):
-    return next(i for i, names in enumerate(LAYERS) if module in names)
+def sources(house):
+    """The files of a folder of the top level. rsengine's links to kernels/ and data/ are left out: those are there."""
+    for path in sorted((ROOT / house).rglob("*.py")):
+        parts = path.relative_to(ROOT).parts
+        if parts[:2] not in (("rsengine", "kernels"), ("rsengine", "data")):
+            yield path
 
 
-def top_level_imports(path):
-    """Modules imported when the file is: not inside functions, not for type checkers alone."""
+def module_of(path):
+    """The name under which a file is imported."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[0] in ("kernels", "data"):
+        parts.insert(0, "rsengine")
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for house in HOUSES for path in sources(house)}
+
+
+def imports(path, inside_functions=True):
+    """Modules that a file imports, not for type checkers alone. ``from package import module`` is the module."""
+    package = module_of(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
     found = set()
 
-    def visit(body):
-        for node in body:
-            if isinstance(node, ast.Import):
+    def visit(nodes):
+        for node in nodes:
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                visit(node.orelse)
+            elif isinstance(node, ast.Import):
                 found.update(alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
-                base = ("." * node.level) + (node.module or "")
-                found.update([base] if base != "rsengine" else [f"rsengine.{alias.name}" for alias in node.names])
-            elif isinstance(node, ast.With | ast.Try | ast.If) and "TYPE_CHECKING" not in ast.dump(node)[:80]:
-                visit(node.body)
+                base = package[: len(package) - node.level + 1] if node.level else []
+                name = ".".join([*base, *([node.module] if node.module else [])])
+                for alias in node.names:
+                    found.add(f"{name}.{alias.name}" if f"{name}.{alias.name}" in MODULES else name)
+            elif inside_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                visit(ast.iter_child_nodes(node))
 
     visit(ast.parse(path.read_text()).body)
     return found
 
 
-def modules():
-    for path in sorted((ROOT / "rsengine").glob("*.py")):
-        if path.stem != "__init__":
-            yield path.stem, path
-    for path in sorted((ROOT / "rsengine" / "augment").glob("*.py")):
-        yield ("augment.__main__" if path.stem == "__main__" else "augment"), path
-    for path in sorted((ROOT / "rsengine" / "checks").rglob("*.py")):
-        yield "checks", path
+def level_of(module):
+    """The place in :data:`LEVELS` of a module ``rsengine.…``."""
+    name = module.removeprefix("rsengine.")
+    own = name if name in COMMANDS else name.split(".")[0]
+    return next(i for i, names in enumerate(LEVELS) if own in names)
 
 
-@pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda value: getattr(value, "name", value))
-def test_imports_go_down_only(module, path):
-    for name in top_level_imports(path):
+@pytest.mark.parametrize("path", list(sources("rsengine")), ids=module_of)
+def test_imports_go_down_only(path):
+    module = module_of(path)
+    if module == "rsengine":
+        assert not imports(path)
+        return
+    for name in imports(path):
+        assert not name.startswith(("bench", "tests")), f"{module} imports {name}"
         if name.startswith("rsengine."):
-            other = name.split(".")[1]
-            assert layer_of(other) <= layer_of(module), f"{path.name} imports {name}"
-            assert other not in ENTRY_POINTS - {"evaluate"} or other == module, f"{path.name} imports an entry point"
+            assert level_of(name) <= level_of(module), f"{module} imports {name}"
+            assert name.removeprefix("rsengine.") not in COMMANDS, f"{module} imports a command"
 
 
-@pytest.mark.parametrize("room", ["kernels", "data"])
-def test_the_lower_rooms_know_nothing_of_rsengine(room):
-    for path in (ROOT / room).glob("**/*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rsengine"):
-                assert room == "data" and node.module.startswith("rsengine.data"), f"{path}: {node.module}"
+def circles(graph):
+    """Groups of modules that import each other, by Tarjan's strongly connected components."""
+    index, low, stack, found = {}, {}, [], []
+
+    def visit(module):
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for other in graph[module]:
+            if other not in index:
+                visit(other)
+                low[module] = min(low[module], low[other])
+            elif other in stack:
+                low[module] = min(low[module], index[other])
+        if low[module] == index[module]:
+            group = [stack.pop()]
+            while group[-1] != module:
+                group.append(stack.pop())
+            if len(group) > 1 or module in graph[module]:
+                found.append(sorted(group))
+
+    for module in graph:
+        if module not in index:
+            visit(module)
+    return found
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert circles({module: imports(path) & MODULES.keys() for module, path in MODULES.items()}) == []
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["b", "c"]]
+
+
+@pytest.mark.parametrize("house", ["kernels", "data"])
+def test_kernels_and_data_know_nothing_of_rsengine(house):
+    for path in sources(house):
+        for name in imports(path):
+            assert not name.startswith("rsengine") or name.startswith(f"rsengine.{house}"), f"{path}: {name}"
 
 
 LIGHT = {"__future__", "collections", "contextlib", "contextvars", "dataclasses", "functools", "importlib", "math"}
-LIGHT |= {"os", "typing"}
-# Tools for tests and reports; the ops must not need them.
-TOOLS = {"interpreter.py", "interpreter_memory.py", "offline.py", "compile_report.py"}
+LIGHT |= {"os", "types", "typing"}
+
+
+def outside(path):
+    """What a file imports at its top that is not of this project."""
+    return {name.split(".")[0] for name in imports(path, inside_functions=False)} - {"rsengine"}
 
 
 def test_kernels_import_torch_alone():
-    for path in [*(ROOT / "kernels").glob("*.py"), *(ROOT / "kernels" / "jit").glob("*.py")]:
-        outside = {name.split(".")[0] for name in top_level_imports(path) if not name.startswith(".")}
-        if path.name in TOOLS:
-            allowed = {"torch", "triton", "numpy", *sys.stdlib_module_names}
-        else:
-            allowed = {"torch", *LIGHT} | ({"triton", "numpy"} if path.parent.name == "jit" else set())
-        assert outside <= allowed, f"{path.name}: {outside - allowed}"
-
-
-def test_the_compiled_passes_import_torch_and_the_standard_library():
-    for path in (ROOT / "kernels" / "native").glob("*.py"):
-        outside = {name.split(".")[0] for name in top_level_imports(path) if not name.startswith(".")}
-        assert outside <= {"torch", *sys.stdlib_module_names}, f"{path.name}: {outside}"
+    allowed = {
+        "kernels": {"torch", *LIGHT},
+        "jit": {"torch", "triton", "numpy", *LIGHT},
+        "native": {"torch", *sys.stdlib_module_names},
+        "proof": {"torch", "triton", "numpy", *sys.stdlib_module_names},  # tools for tests and reports
+    }
+    for path in sources("kernels"):
+        assert outside(path) <= allowed[path.parent.name], f"{path.name}: {outside(path)}"
 
 
 def test_ops_import_neither_triton_code_nor_tools_at_the_top():
     for path in (ROOT / "kernels").glob("*.py"):
-        if path.name not in TOOLS:
-            inner = {name.lstrip(".").split(".")[0] for name in top_level_imports(path) if name.startswith(".")}
-            assert not inner & {"jit", "native", *(name.removesuffix(".py") for name in TOOLS)}, f"{path.name}: {inner}"
+        for name in imports(path, inside_functions=False):
+            assert name.split(".")[2:3] not in (["jit"], ["native"], ["proof"]), f"{path.name}: {name}"
 
 
 def test_importing_the_package_is_light():
@@ -112,7 +164,7 @@ def test_importing_the_package_is_light():
 
 
 def test_no_bare_or_silent_except():
-    for path in [*ROOT.glob("rsengine/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("data/*.py")]:
+    for path in (path for house in HOUSES for path in sources(house)):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ExceptHandler):
                 assert node.type is not None, f"{path}:{node.lineno} bare except"

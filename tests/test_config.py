@@ -5,9 +5,9 @@ import re
 import pytest
 
 from rsengine.config import Recipe, RecipeError, describe, load_recipe, recipe_names
+from rsengine.engine.build import build_model
+from rsengine.engine.step import _schedule
 from rsengine.model import resnet_rs
-from rsengine.step import _schedule
-from rsengine.weights import build_model
 
 
 @pytest.mark.parametrize("name", recipe_names())

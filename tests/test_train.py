@@ -14,25 +14,25 @@ import pytest
 import torch
 from PIL import Image
 
-from rsengine import batches as batches_module
 from rsengine import evaluate as evaluate_module
-from rsengine import graph as graph_module
 from rsengine import predict as predict_module
 from rsengine import train as train_module
 from rsengine import trainer as trainer_module
-from rsengine.checkpoint import load_checkpoint
 from rsengine.config import Recipe
-from rsengine.data.reader import BetonReader
-from rsengine.feed import Feeder, TensorBuffers
-from rsengine.graph import CapturedStep
+from rsengine.data.beton.reader import BetonReader
+from rsengine.engine import graph as graph_module
+from rsengine.engine.graph import CapturedStep
+from rsengine.engine.step import TrainStep
+from rsengine.input import batches as batches_module
+from rsengine.input.transfer import Feeder, TensorBuffers
 from rsengine.model import ResNetRS
+from rsengine.model.preprocess import Preprocess
 from rsengine.predict import predict
-from rsengine.preprocess import Preprocess
-from rsengine.runlog import RunLog
-from rsengine.step import TrainStep
+from rsengine.run.checkpoint import load_checkpoint
+from rsengine.run.log import RunLog
+from rsengine.run.weights import load_weights
 from rsengine.trainer import Trainer
-from rsengine.weights import load_weights
-from tests.graph_simulator import ReplayRecorder
+from tests.engine.graph_simulator import ReplayRecorder
 
 RECIPE = """
 name = "toy"
@@ -305,7 +305,7 @@ def test_a_refused_run_leaves_no_folder(toy):
 
 
 class ImmediateLanes:
-    """:class:`rsengine.feed.Lanes` of a device that does everything at once."""
+    """:class:`rsengine.input.transfer.Lanes` of a device that does everything at once."""
 
     def __init__(self, *shape):
         self.shape = shape

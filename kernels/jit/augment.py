@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import triton
@@ -91,16 +92,14 @@ def _case(name, dtype, *, crop_padding=0, flip=0, slots=None, bilinear=False, ho
         # A crop reads less of an image the further it reaches over the border: no fixed floor.
         return streams if crop_padding else {"images in": Stream([images], 1, 0), **streams}
 
-    def eager(n: int) -> Callable[[], object]:
-        from ..augment import augment_batch
-
+    def eager(kernels: ModuleType, n: int) -> Callable[[], object]:
         images = torch.zeros((n, 32, 32, 3), dtype=torch.uint8)
         indices, epoch = torch.arange(n), torch.zeros((), dtype=torch.int64)
         normalise = None if dtype == torch.uint8 else torch.zeros(3)
         policy = None if slots is None else _identity_tables(*slots)
         options = {"crop_padding": crop_padding, "flip": "random" if flip else "none", "bilinear": bilinear}
         options |= {"cutout_holes": holes, "cutout_size": 4, "scale": normalise, "shift": normalise, "dtype": dtype}
-        return lambda: augment_batch(images, indices, epoch, 0, policy=policy, **options, impl="eager")
+        return lambda: kernels.augment_batch(images, indices, epoch, 0, policy=policy, **options, impl="eager")
 
     # Bytes are gathered one at a time: three channels side by side, at the places that crop and flip give.
     store = torch.empty((), dtype=dtype).element_size()
@@ -111,7 +110,7 @@ def _case(name, dtype, *, crop_padding=0, flip=0, slots=None, bilinear=False, ho
 
 def _identity_tables(groups: int, slots: int, choices: int):
     """Tables of the right shapes whose one setting, with either sign, does nothing."""
-    from ..augment import PolicyTables
+    from ..augment_tables import PolicyTables
 
     shape = groups, slots, choices
     return PolicyTables(

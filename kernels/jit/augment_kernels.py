@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..augment_eager import (
+from ..augment_tables import (
     AFFINE,
     AUTOCONTRAST,
     COLOR,

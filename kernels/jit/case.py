@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 from torch import Tensor
 
@@ -45,8 +46,9 @@ class CompileCase:
     size: the real size (the batch; for the multi-tensor ops the number of parameters): report and predicted time.
     small: a size the interpreter can run, at which the bytes of each stream are counted and must equal its floor.
     budgets: by kernel function name; every kernel the launcher launches has one.
-    eager: ``eager(size)`` makes the same operands, with values that eager code may see, and returns a function that
-        does with PyTorch's operators what ``launch`` does: a kernel's time on a GPU is compared with its time.
+    eager: ``eager(kernels, size)`` makes the same operands, with values that eager code may see, and returns a function
+        that does with the public op of ``kernels`` (:mod:`rsengine.kernels`), in PyTorch's operators, what ``launch``
+        does: a kernel's time on a GPU is compared with its time.
     """
 
     name: str
@@ -54,4 +56,4 @@ class CompileCase:
     size: int
     small: int
     budgets: dict[str, Budget]
-    eager: Callable[[int], Callable[[], object]]
+    eager: Callable[[ModuleType, int], Callable[[], object]]

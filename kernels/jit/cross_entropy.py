@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import triton
@@ -190,21 +191,21 @@ def _launch_scale(n: int, classes: int, dtype: torch.dtype, per_row: bool) -> di
     return {"gradient": Stream([gradient], 1, 1)}
 
 
-def _eager_forward(n: int, classes: int, dtype: torch.dtype, soft: bool, training: bool) -> Callable[[], object]:
-    from ..cross_entropy import label_smoothed_cross_entropy
-
+def _eager_forward(
+    kernels: ModuleType, n: int, classes: int, dtype: torch.dtype, soft: bool, training: bool
+) -> Callable[[], object]:
     logits = torch.zeros(n, classes, dtype=dtype, requires_grad=training)
     target = torch.full((n, classes), 1 / classes) if soft else torch.zeros(n, dtype=torch.int64)
 
     def run() -> object:
         with torch.set_grad_enabled(training):
-            loss, correct = label_smoothed_cross_entropy(logits, target, 0.1, impl="eager")
+            loss, correct = kernels.label_smoothed_cross_entropy(logits, target, 0.1, impl="eager")
         return torch.autograd.grad(loss, logits) if training else correct
 
     return run
 
 
-def _eager_scale(n: int, classes: int, dtype: torch.dtype, per_row: bool) -> Callable[[], object]:
+def _eager_scale(_kernels: ModuleType, n: int, classes: int, dtype: torch.dtype, per_row: bool) -> Callable[[], object]:
     gradient = torch.zeros(n, classes, dtype=dtype)
     factor = torch.full((n, 1) if per_row else (), 2.0)
     return lambda: gradient.mul_(factor)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -279,14 +280,12 @@ def _backward_case(n: int, channels: int, side: int, dtype: torch.dtype, has_sho
 
 
 def _eager_case(
-    n: int, channels: int, side: int, dtype: torch.dtype, has_shortcut: bool, is_backward: bool
+    kernels: ModuleType, n: int, channels: int, side: int, dtype: torch.dtype, has_shortcut: bool, is_backward: bool
 ) -> Callable[[], object]:
-    from ..squeeze_excite import squeeze_excite, squeeze_excite_residual
-
     (x, shortcut, dy), weights, _ = _operands(n, channels, side, dtype)
     leaves = [t.requires_grad_(is_backward) for t in ((x, *weights, shortcut) if has_shortcut else (x, *weights))]
     keep_scale = [torch.ones(n)] if has_shortcut else []
-    op = squeeze_excite_residual if has_shortcut else squeeze_excite
+    op = kernels.squeeze_excite_residual if has_shortcut else kernels.squeeze_excite
 
     def run_forward() -> Tensor:
         is_low = dtype != torch.float32

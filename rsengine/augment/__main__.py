@@ -9,7 +9,7 @@ from pathlib import Path
 from rsengine.augment.policies import POLICIES
 from rsengine.config import Recipe, RecipeError
 from rsengine.data import DataError, find_dataset
-from rsengine.showcase import draw_augmented
+from rsengine.run.augmented import draw_augmented
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from rsengine.augment.policies import policy_of
 from rsengine.augment.program import compile_policy
 from rsengine.kernels import PolicyTables, augment_batch
-from rsengine.preprocess import Preprocess
+from rsengine.model.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from rsengine.config import AugmentSection

@@ -22,7 +22,7 @@ from rsengine.augment.generator import below, philox
 from rsengine.augment.policy_loop import program_arrays, run_augmix, run_policy
 from rsengine.augment.program import Program, compile_policy
 from rsengine.device import preserved_threads
-from rsengine.kernels.augment_eager import CROP_STREAM, CUTOUT_STREAM, FLIP_STREAM
+from rsengine.kernels.augment_tables import CROP_STREAM, CUTOUT_STREAM, FLIP_STREAM
 
 # FFCV makes a typed dictionary when imported, and numba would compile its methods anew in every process: about three
 # seconds. Cached on disk like our own functions, they are compiled once a machine.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from rsengine.kernels.augment_eager import AUTOCONTRAST, COLOR, CONTRAST, EQUALIZE, LOOKUP, SHARPNESS
+from rsengine.kernels.augment_tables import AUTOCONTRAST, COLOR, CONTRAST, EQUALIZE, LOOKUP, SHARPNESS
 
 _F0, _F255 = np.float32(0), np.float32(255)
 

@@ -8,7 +8,7 @@ from numba import njit
 from rsengine.augment.generator import below, philox
 from rsengine.augment.pixels import apply_setting
 from rsengine.augment.program import Program
-from rsengine.kernels.augment_eager import IDENTITY, POLICY_STREAM
+from rsengine.kernels.augment_tables import IDENTITY, POLICY_STREAM
 
 _ONE = 65536  # the sum of AugMix's weights
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rsengine.augment.policies import Choice, Policy
-from rsengine.kernels.augment_eager import AFFINE, AUTOCONTRAST, COLOR, CONTRAST, EQUALIZE, IDENTITY, LOOKUP, SHARPNESS
+from rsengine.kernels.augment_tables import AFFINE, AUTOCONTRAST, COLOR, CONTRAST, EQUALIZE, IDENTITY, LOOKUP, SHARPNESS
 
 _KINDS = {
     "identity": IDENTITY,

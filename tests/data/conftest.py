@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rsengine.data import Dataset, convert
-from rsengine.data.reader import BetonReader
+from rsengine.data.beton.reader import BetonReader
 
 
 @pytest.fixture(scope="session", autouse=True)

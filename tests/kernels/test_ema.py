@@ -220,7 +220,7 @@ def test_triton_on_the_cpu_is_refused_with_the_reason():
 def test_no_value_and_no_address_of_a_scalar_makes_another_kernel():
     pytest.importorskip("triton")
     from rsengine.kernels.jit import ema
-    from rsengine.kernels.offline import compiling_for
+    from rsengine.kernels.proof.offline import compiling_for
 
     lists, table = [tensors(torch.float32, seed) for seed in range(4)], torch.rand(8)
     with compiling_for("sm_90") as launches:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from rsengine.config import Recipe, load_recipe
-from rsengine.feed import Feeder, feeder_for
-from rsengine.graph import CudaRecorder, Recorder
-from rsengine.runlog import versions
+from rsengine.engine.graph import CudaRecorder, Recorder
+from rsengine.input.transfer import Feeder, feeder_for
+from rsengine.run.machine import versions
 
 SIZE = (32, 32)  # pixels, height and width
 COPY_BYTES, PRODUCT_SIDE = 2**30, 8192

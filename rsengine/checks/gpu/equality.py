@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rsengine.checks.gpu.device import Setup
 from rsengine.checks.gpu.steps import capture, device_batches, make_step
-from rsengine.step import TrainStep
+from rsengine.engine.step import TrainStep
 
 # Plain and captured steps run the same kernels in the same order, so that in float32, without TF32 and with cuDNN's
 # deterministic algorithms, they should be equal to the bit. cuBLAS may split a sum otherwise where a capture gives it

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import rsengine.kernels
 from rsengine.checks.gpu.device import Setup, Work, copy_rate
 
 ROUNDS = 10  # and one before them that does not count
@@ -17,8 +18,8 @@ FLUSH_DTYPE, FLUSH_KERNEL = torch.int16, "FillFunctor<short>"  # the kernel that
 
 
 def measure(row: str, setup: Setup) -> dict[str, Any]:
-    """``row``: an op of :data:`rsengine.kernels.compile_report.OPS`."""
-    from rsengine.kernels.compile_report import all_cases
+    """``row``: an op of :data:`rsengine.kernels.proof.compile_report.OPS`."""
+    from rsengine.kernels.proof.compile_report import all_cases
 
     rate, rows = copy_rate(setup.device), []
     for case in all_cases()[row]:
@@ -28,7 +29,10 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
                 streams = case.launch(case.size)
                 found["bytes"] = sum(stream.bytes for stream in streams.values())
                 del streams
-                runs = {"ours": lambda case=case: case.launch(case.size), "eager": case.eager(case.size)}
+                runs = {
+                    "ours": lambda case=case: case.launch(case.size),
+                    "eager": case.eager(rsengine.kernels, case.size),
+                }
                 times = microseconds(setup, runs, {"ours": set(case.budgets)})
             found |= {f"{name}_us": value for name, value in times.items()}
             found["bound_us"] = found["bytes"] / rate * 1e6

@@ -22,9 +22,9 @@ from torch.utils.flop_counter import flop_registry
 
 from rsengine.checks.gpu.device import LABEL, Setup, Work, copy_rate, idle_share, product_rate, split_rounds
 from rsengine.checks.gpu.steps import capture, device_batches, make_step
+from rsengine.checks.launches import GRADIENTS, part_of
+from rsengine.checks.trace import Operation, Trace
 from rsengine.config import load_recipe
-from rsengine.launches import GRADIENTS, part_of
-from rsengine.trace import Operation, Trace
 
 SHOWN = 20
 UNPLACED = "not placed"

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from rsengine.checks.gpu.device import Setup
 from rsengine.checks.gpu.steps import capture, device_batches, make_step, resident_data
-from rsengine.graph import CapturedStep
-from rsengine.resident import ResidentData
+from rsengine.engine.graph import CapturedStep
+from rsengine.input.resident import ResidentData
 
 
 def measure(row: str, setup: Setup) -> dict[str, Any]:

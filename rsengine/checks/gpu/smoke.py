@@ -117,7 +117,7 @@ def feeder(setup: Setup) -> dict[str, Any]:
     """The digits through FFCV and pinned memory."""
     if importlib.util.find_spec("ffcv") is None:
         return {"left_out": "FFCV is not installed"}
-    from rsengine.loader import BetonLoader
+    from rsengine.input.stream import BetonLoader
 
     dataset = find_dataset("digits", log=setup.log)
     loader = BetonLoader(dataset.train_beton, 100)

@@ -12,12 +12,12 @@ import torch
 from rsengine.checks.gpu.device import SIZE, Device
 from rsengine.config import Recipe
 from rsengine.device import Execution
-from rsengine.feed import Batch
-from rsengine.graph import CapturedStep, compile_forward, static_batch
-from rsengine.preprocess import Preprocess
-from rsengine.resident import ResidentData
-from rsengine.step import TrainStep
-from rsengine.weights import build_model
+from rsengine.engine.build import build_model
+from rsengine.engine.graph import CapturedStep, compile_forward, static_batch
+from rsengine.engine.step import TrainStep
+from rsengine.input.resident import ResidentData
+from rsengine.input.transfer import Batch
+from rsengine.model.preprocess import Preprocess
 
 MEAN, STD, CLASSES = (0.5,) * 3, (0.25,) * 3, 10
 STEPS_PER_EPOCH, KEPT_BATCHES = 200, 8

@@ -13,7 +13,7 @@ from typing import Any
 
 from rsengine.checks.gpu.device import Setup
 from rsengine.data import find_dataset
-from rsengine.runlog import EPOCH, METRICS_FILE, START
+from rsengine.run.log import EPOCH, METRICS_FILE, START
 
 GOAL = 0.9119  # the test accuracy of the report that this project grew out of
 DRY_RUN = ("--set", "train.limit_train_batches=4", "--epochs", "2")

@@ -18,8 +18,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from rsengine.data.processes import follow_parent
-from rsengine.files import write_atomically
+from rsengine.data.beton.processes import follow_parent
+from rsengine.run.files import write_atomically
 
 BROKEN_DEVICE = 75  # exit status: the device answers no more in this process; the rows left want another one
 MARGIN_SECONDS = 4.0  # before its limit a row ends what it has started itself, and reports

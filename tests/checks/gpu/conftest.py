@@ -9,5 +9,5 @@ from rsengine.kernels import augment_eager
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(sys.modules["rsengine.kernels.batch_norm"], "choose_native", lambda *_: "eager")
+    monkeypatch.setattr(sys.modules["rsengine.kernels.batch_normalization"], "choose_native", lambda *_: "eager")
     monkeypatch.setattr(augment_eager, "may_read", lambda images: False)

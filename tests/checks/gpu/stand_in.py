@@ -5,7 +5,7 @@ import contextlib
 import torch
 
 from rsengine.checks.gpu.device import DRY_RUN, Setup, Work
-from tests.graph_simulator import ReplayRecorder
+from tests.engine.graph_simulator import ReplayRecorder
 
 ROUNDS = 2
 STEP = (("kernel", 0, 6), ("Memcpy HtoD", 4, 8), ("kernel", 9, 10))

@@ -6,14 +6,15 @@ from collections import Counter
 import pytest
 import torch
 
+import rsengine.kernels
 from bench import gpu_baselines
-from bench.peers import Case, recipe_of, timm_network
+from bench.baselines import Case, recipe_of, timm_network
 from rsengine.checks.gpu import equality, kernels, overlap, profile, random_numbers, smoke, steps, throughput
 from rsengine.checks.gpu.device import LABEL, Work, labelled_kernels
 from rsengine.checks.gpu.equality import difference, loss_difference
-from rsengine.kernels.compile_report import all_cases
-from rsengine.launches import PARTS, PRODUCTS
-from rsengine.weights import build_model
+from rsengine.checks.launches import PARTS, PRODUCTS
+from rsengine.engine.build import build_model
+from rsengine.kernels.proof.compile_report import all_cases
 from tests.checks.gpu.stand_in import ROUNDS, Spoiled, StandIn, setup
 
 pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
@@ -308,7 +309,7 @@ def test_kernel_times_are_medians_of_rounds_in_turn_with_flushes_between(monkeyp
 
 @pytest.mark.parametrize("case", [c for cases in all_cases().values() for c in cases], ids=lambda case: case.name)
 def test_the_eager_side_of_a_compile_case_runs(case):
-    case.eager(case.small)()
+    case.eager(rsengine.kernels, case.small)()
 
 
 def test_what_the_first_look_compares():

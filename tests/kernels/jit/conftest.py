@@ -26,7 +26,7 @@ def allow():
     """``with allow(*tensors):`` lets kernels reach these through pointer tables; natively it does nothing."""
     if not INTERPRETED:
         return lambda *tensors: contextlib.nullcontext()
-    from rsengine.kernels import interpreter
+    from rsengine.kernels.proof import interpreter
 
     return interpreter.allow
 
@@ -34,7 +34,7 @@ def allow():
 @pytest.fixture(scope="package", autouse=True)
 def strict():
     if INTERPRETED:
-        from rsengine.kernels import interpreter
+        from rsengine.kernels.proof import interpreter
 
         interpreter.install()
 

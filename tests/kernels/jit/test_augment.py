@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rsengine.augment import DeviceAugment
 from rsengine.config import AugmentSection
 from rsengine.kernels import augment_batch
-from rsengine.preprocess import Preprocess
+from rsengine.model.preprocess import Preprocess
 
 MEAN = (0.5, 0.4, 0.3)
 SIZES = [(32, 32), (33, 21), (1, 1), (2, 2), (1, 9), (3, 40)]

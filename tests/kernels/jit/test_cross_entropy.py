@@ -336,7 +336,7 @@ def test_a_batch_that_fits_one_program_is_one_launch(n, c, tile):
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # soft targets that nobody filled
 @pytest.mark.parametrize("case", launchers.compile_cases(), ids=lambda case: case.name)
 def test_every_stream_crosses_the_bus_as_often_as_its_floor_says(case):
-    from rsengine.kernels import interpreter
+    from rsengine.kernels.proof import interpreter
 
     with interpreter.count_traffic() as traffic:
         streams = case.launch(case.small)
@@ -349,7 +349,7 @@ def test_every_stream_crosses_the_bus_as_often_as_its_floor_says(case):
 @pytest.mark.skipif(not INTERPRETED, reason="only the interpreter counts bytes")
 @pytest.mark.parametrize(("reduction", "factor"), [("mean", None), ("sum", 1.0), ("none", None), ("mean", 2.0)])
 def test_backward_leaves_a_gradient_alone_that_is_already_right(reduction, factor):
-    from rsengine.kernels import interpreter
+    from rsengine.kernels.proof import interpreter
 
     logits, target = operands(7, 1000, torch.bfloat16, torch.device("cpu"))
     with interpreter.count_traffic() as traffic:

@@ -475,7 +475,7 @@ def test_compiled_in_one_graph(device, allow_what_arrives):
 )
 def test_bytes_a_parameter(allow, dtype, step_bytes, ema_bytes):
     """Each byte crosses once, tails and strided tensors included, and the table's are few beside them."""
-    from rsengine.kernels.interpreter import count_traffic
+    from rsengine.kernels.proof.interpreter import count_traffic
 
     shapes = [*SHAPES, (3 * ema.BLOCK,)]
     numel = sum(map(math.prod, shapes))

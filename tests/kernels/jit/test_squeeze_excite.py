@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rsengine.kernels import reference, squeeze_excite, squeeze_excite_residual
 from rsengine.kernels.jit import squeeze_excite as launchers
-from tests.kernels.test_squeeze_excite import doubled, gradients
+from tests.kernels.test_squeeze_excitation import doubled, gradients
 from tests.tolerances import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -1,0 +1,50 @@
+"""A contender in a process of its own, so that its memory, its threads and what it compiles are as its users have them:
+how the C library hands out memory is one setting for a whole process, and rsengine changes it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from multiprocessing.connection import Connection
+
+from bench.baselines import PEERS, Case, rsengine_step
+from bench.measure import seconds
+
+OURS = "rsengine"
+SETTLE_SECONDS = 0.02  # the threads of the step before spin for a few milliseconds before they sleep
+
+
+class Apart:
+    """Steps of a contender (:data:`OURS`, or one of :data:`bench.baselines.PEERS`) on a case, timed in its process."""
+
+    def __init__(self, name: str, case: Case) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, name, case))
+        self.process.start()
+        theirs.close()
+
+    def step(self) -> float:
+        """Seconds of one step. Raises RuntimeError where the process has ended."""
+        time.sleep(SETTLE_SECONDS)
+        try:
+            self.pipe.send(True)
+            return self.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise RuntimeError(f"{self.name}: its process ended") from error
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.join(10)
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(pipe: Connection, name: str, case: Case) -> None:
+    run = rsengine_step(case)[0] if name == OURS else PEERS[name](case)
+    try:
+        while pipe.recv():
+            pipe.send(seconds(run))
+    except EOFError:
+        return  # closed at the other end: done

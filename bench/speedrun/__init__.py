@@ -1,0 +1,1 @@
+"""The search for the shortest way to the report's accuracy: its runs and their table."""

@@ -1,0 +1,100 @@
+"""`python -m bench.speedrun --data DATA`: the runs of docs/speedrun.md on the test set, one after another.
+
+The recipe `speedrun` with three seeds and `speedrun-94`, each to its end; timm's resnetrs50
+(:mod:`bench.speedrun.timm`) and the report's recipe 4 for --minutes at most, evaluation included. Ctrl-C stops; the
+same command goes on: a run that was broken off is resumed and a finished one only says its result again. What has
+finished is kept in docs/test-set/ and in docs/speedrun.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.speedrun import table
+from rsengine.run.checkpoint import FILE
+from rsengine.run.log import METRICS_FILE, RunLog
+from rsengine.train import RECIPE_FILE
+
+PEERS = ("timm-resnetrs50", "report-4")  # stopped by the clock; rsengine's own recipes have as many epochs as fit
+
+
+def commands(out: Path, data: str | None, seeds: Sequence[int]) -> dict[str, list[str]]:
+    """What runs each, by name; on with those that have a checkpoint under ``out``."""
+
+    def command(module: str, name: str, *options: str) -> list[str]:
+        source = ["--data", data] if data else []
+        return [sys.executable, "-m", module, *source, "--out", str(out / name), *options]
+
+    def recipe(recipe: str, name: str, *options: str) -> list[str]:
+        resumed = (out / name / FILE).exists()
+        return command("rsengine.train", name, *(["--resume"] if resumed else ["--recipe", recipe, *options]))
+
+    runs = {name: recipe("speedrun", name, "--seed", str(seed)) for seed in seeds for name in [f"speedrun-seed{seed}"]}
+    runs["timm-resnetrs50"] = command("bench.speedrun.timm", "timm-resnetrs50")  # goes on by itself
+    runs["report-4"] = recipe("report-4", "report-4")
+    runs["speedrun-94"] = recipe("speedrun-94", "speedrun-94")
+    return runs
+
+
+def run(command: Sequence[str], folder: Path, *, seconds: float, poll: float = 5.0, cwd: Path | None = None) -> int:
+    """Run ``command``, which writes its metrics into ``folder``, until it ends or has used ``seconds`` of its own
+    clock; then stop it as Ctrl-C would. Returns its exit status; 0 at once where its time is up already."""
+    if seconds_of(folder) >= seconds:
+        return 0
+    # A shell starts its background jobs deaf to Ctrl-C, and theirs would be too: they could not be stopped.
+    process = subprocess.Popen(command, cwd=cwd, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    try:
+        while process.poll() is None and seconds_of(folder) < seconds:
+            time.sleep(poll)
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        return process.wait()
+    except KeyboardInterrupt:  # which the process has got as well: it saves
+        process.wait()
+        raise
+
+
+def seconds_of(folder: Path) -> float:
+    """Of training and evaluation that the run in ``folder`` has recorded."""
+    return max((record.get("seconds", 0.0) for record in RunLog(folder).records()), default=0.0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.speedrun", description=__doc__.split("\n")[0])
+    parser.add_argument("--data", help="as of python -m rsengine.train")
+    parser.add_argument("--out", type=Path, default=Path("runs/speedrun"), help="folder of the runs (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="some of the runs, by the names in docs/test-set/")
+    parser.add_argument("--minutes", type=float, default=60.0, help="longest run of a peer (default: %(default)g)")
+    arguments = parser.parse_args()
+    runs = commands(arguments.out, arguments.data, arguments.seeds)
+    unknown = set(arguments.only or []) - set(runs)
+    if unknown:
+        parser.error(f"--only: expected some of {', '.join(runs)}; got {', '.join(sorted(unknown))}")
+    for name, command in runs.items():
+        if arguments.only and name not in arguments.only:
+            continue
+        print(f"{name}: {' '.join(command)}", flush=True)
+        folder = arguments.out / name
+        status = run(command, folder, seconds=60 * arguments.minutes if name in PEERS else math.inf)
+        if status not in (0, 128 + signal.SIGINT):
+            return status
+        kept = table.TEST_SET / name
+        kept.mkdir(parents=True, exist_ok=True)
+        for file in (METRICS_FILE, RECIPE_FILE):
+            if (folder / file).exists():
+                shutil.copyfile(folder / file, kept / file)
+        table.main()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""What every form of data set is turned into before it is converted."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rsengine.data.errors import DataError
+from rsengine.data.sources.images import ChosenSplit, Split
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Samples and their classes, from any form.
+
+    Attributes:
+        name: short name of the data set.
+        form: what it was, in words.
+        classes: class names; labels are indices into it.
+        train, test: the samples.
+        checksum: sha256 of the source. None for a folder of pictures, whose checksum the conversion computes while it
+            reads them anyway, from `paths`.
+        paths: relative path of every picture, train then test, when `checksum` is None.
+    """
+
+    name: str
+    form: str
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    checksum: str | None
+    paths: tuple[str, ...] = ()
+
+
+def with_validation(source: Source, fraction: float, seed: int) -> Source:
+    """The same source without its test set: a share of every class of the training set stands in its place.
+
+    What a recipe is chosen on, so that the test set stays unseen until the choice is made.
+    """
+    keys = list(source.paths[: len(source.train)]) or [str(i) for i in range(len(source.train))]
+    chosen = split_by_hash(source.train.labels, keys, fraction, seed, source.name)
+    train, test = np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    paths = tuple(source.paths[i] for i in (*train, *test)) if source.paths else ()
+    return replace(
+        source,
+        name=f"{source.name}-validation",
+        train=ChosenSplit(source.train, train),
+        test=ChosenSplit(source.train, test),
+        paths=paths,
+    )
+
+
+def split_by_hash(labels: np.ndarray, keys: list[str], fraction: float, seed: int, where: str) -> np.ndarray:
+    """Choose a test set, the same share of every class.
+
+    Within a class the samples are put in the order of sha256("seed:key") and the first are taken, so that the choice
+    depends on nothing but the seed and the names of the samples, on any machine and with any version of numpy.
+
+    Args:
+        labels: (N,) int64.
+        keys: a name for each sample.
+        fraction: share of each class, between 0 and 1; at least one sample a class, and at least one remains.
+
+    Returns:
+        (N,) bool, True for test.
+
+    Raises:
+        DataError: a class has fewer than two samples.
+    """
+
+    def rank(index: int) -> bytes:
+        return hashlib.sha256(f"{seed}:{keys[index]}".encode("utf-8", "surrogateescape")).digest()
+
+    chosen = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        if len(members) < 2:
+            raise DataError(
+                f"{where}: {keys[members[0]]} is the only image of its class, and one is needed to train and one to "
+                "test; add images, or give train/ and test/ folders"
+            )
+        ranked = sorted(members, key=rank)
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        chosen[ranked[:count]] = True
+    return chosen

@@ -1,0 +1,157 @@
+"""Class folders: one folder a class, inside train/ and test/ or at the top, on disk or in an archive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from rsengine.data.errors import DataError
+from rsengine.data.sources.base import Source, split_by_hash
+from rsengine.data.sources.images import SUFFIXES, EncodedSplit
+from rsengine.data.sources.tree import Tree
+
+TRAIN = ("train", "training")
+TEST = ("test", "val", "valid", "validation", "testing")  # the first that has class folders is taken
+DEEPEST_WRAPPER = 4
+
+
+def find_class_folders(tree: Tree) -> str | None:
+    """The folder that holds train/ or the class folders, "" for the root; None if there are none.
+
+    A single folder around everything, as most archives have, is looked through.
+    """
+    folder = ""
+    for _ in range(DEEPEST_WRAPPER):
+        files, folders = tree.children(folder)
+        if not folders:
+            return None
+        alone = len(folders) == 1 and not _is_split(folders[0]) and not any(_is_picture(name) for name in files)
+        if not (alone and tree.children(folders[0])[1]):
+            return folder
+        folder = folders[0]
+    return None
+
+
+def open_class_folders(
+    tree: Tree, folder: str, *, name: str, test_fraction: float, seed: int, log: Callable[[str], None]
+) -> Source:
+    """Collect the pictures of class folders; they are decoded later, one at a time.
+
+    Classes are the folder names, sorted; samples are sorted by path. Without a test folder a share of every class
+    becomes the test set, chosen by `seed`, which is said through `log`.
+
+    Raises:
+        DataError: a class without pictures, train and test with different classes, pictures outside class folders.
+    """
+    _, folders = tree.children(folder)
+    by_name = {PurePosixPath(each).name.lower(): each for each in folders if _is_split(each)}
+    if not by_name:
+        classes, names, labels = _collect(tree, folder, log)
+        return _split(tree, classes, names, labels, name, test_fraction, seed, log)
+    train = next((by_name[each] for each in TRAIN if each in by_name), None)
+    if train is None:
+        raise DataError(f"{tree.where(folder or '.')}: has {', '.join(sorted(by_name))} but no train; add train/")
+    stray = sorted(set(folders) - set(by_name.values()))
+    if stray:
+        log(f"{tree.where(folder or '.')}: taking train and test, ignoring {', '.join(stray)}")
+    classes, names, labels = _collect(tree, train, log)
+    candidates = [by_name[each] for each in TEST if each in by_name]
+    usable = [each for each in candidates if tree.children(each)[1]]
+    if not usable:
+        if candidates:
+            log(f"{tree.where(candidates[0])}: has no class folders, so it cannot be used as the test set")
+        return _split(tree, classes, names, labels, name, test_fraction, seed, log)
+    if len(candidates) > 1:
+        log(f"{tree.root}: testing on {usable[0]}, ignoring {', '.join(c for c in candidates if c != usable[0])}")
+    test_classes, test_names, test_labels = _collect(tree, usable[0], log)
+    if classes != test_classes:
+        only = [f"{each} only in {train}" for each in sorted(set(classes) - set(test_classes))]
+        only += [f"{each} only in {usable[0]}" for each in sorted(set(test_classes) - set(classes))]
+        raise DataError(f"{tree.root}: train and test have different classes ({', '.join(only[:4])}); make them agree")
+    return _source(tree, name, classes, (names, labels), (test_names, test_labels))
+
+
+def _is_split(folder: str) -> bool:
+    return PurePosixPath(folder).name.lower() in (*TRAIN, *TEST)
+
+
+def _is_picture(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in SUFFIXES
+
+
+def _collect(tree: Tree, folder: str, log: Callable[[str], None]) -> tuple[tuple[str, ...], list[str], np.ndarray]:
+    """Class names, file names and labels below `folder`."""
+    beside, folders = tree.children(folder)
+    stray = [name for name in beside if _is_picture(name)]
+    if stray:
+        raise DataError(f"{tree.where(stray[0])}: lies outside the class folders; move it into one or remove it")
+    if beside:
+        log(f"{tree.where(beside[0])}: ignored, with {len(beside) - 1} other files beside the class folders")
+    if len(folders) < 2:
+        found = PurePosixPath(folders[0]).name if folders else "none"
+        raise DataError(f"{tree.where(folder or '.')}: at least two class folders are needed, found {found}; add them")
+    index = {each: label for label, each in enumerate(folders)}
+    depth = folder.count("/") + 2 if folder else 1
+    names, labels = [], []
+    for name in tree.below(folder).files:
+        label = index.get("/".join(name.split("/")[:depth]))
+        if label is not None:
+            names.append(name)
+            labels.append(label)
+    counts = np.bincount(np.array(labels, np.int64), minlength=len(folders))
+    for each, count in zip(folders, counts, strict=True):
+        if count == 0:
+            raise DataError(f"{tree.where(each)}: empty class folder; add images or remove it")
+    # Sorted by class and then by path, whatever the file system or the archive made of it.
+    order = sorted(range(len(names)), key=lambda i: (labels[i], names[i]))
+    classes = tuple(PurePosixPath(each).name for each in folders)
+    return classes, [names[i] for i in order], np.array([labels[i] for i in order], np.int64)
+
+
+def _split(
+    tree: Tree,
+    classes: tuple[str, ...],
+    names: list[str],
+    labels: np.ndarray,
+    name: str,
+    test_fraction: float,
+    seed: int,
+    log: Callable[[str], None],
+) -> Source:
+    chosen = split_by_hash(labels, names, test_fraction, seed, str(tree.root))
+    log(
+        f"{tree.root}: no test set, so {chosen.sum()} of {len(labels)} images, {test_fraction:g} of every class, "
+        f"are set aside for testing (seed {seed})"
+    )
+    train, test = np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    return _source(
+        tree,
+        name,
+        classes,
+        ([names[i] for i in train], labels[train]),
+        ([names[i] for i in test], labels[test]),
+    )
+
+
+def _source(
+    tree: Tree,
+    name: str,
+    classes: tuple[str, ...],
+    train: tuple[list[str], np.ndarray],
+    test: tuple[list[str], np.ndarray],
+) -> Source:
+    splits = [
+        EncodedSplit([tree.files[each] for each in names], [tree.where(each) for each in names], labels)
+        for names, labels in (train, test)
+    ]
+    return Source(
+        name=name,
+        form=f"class folders, {tree.kind}",
+        classes=classes,
+        train=splits[0],
+        test=splits[1],
+        checksum=None if tree.kind == "folder" else tree.checksum(()),
+        paths=(*train[0], *test[0]),
+    )

@@ -1,0 +1,229 @@
+"""Decoding pictures, and the two kinds of split: pixels in memory, and encoded pictures read when they are needed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from rsengine.data.errors import DataError
+from rsengine.data.sources.archives import Blob
+
+# Decoders that read plain pictures; Pillow knows others which start programs (EPS) or read other files.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+LARGEST_SIDE = 65535  # .beton files keep sides in 16 bits
+ORIENTATION = 0x0112  # the EXIF tag
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+REMEDY = "repair or remove it"
+
+
+def decode_rgb(data: bytes, name: str) -> np.ndarray:
+    """Decode a picture to RGB.
+
+    Grey, palette and CMYK pictures are converted, 16-bit grey is scaled to 8 bits, transparent pixels are laid over
+    white, and an EXIF rotation is applied. Of an animation the first frame counts.
+
+    Args:
+        data: the content of the file.
+        name: stands in the error message.
+
+    Returns:
+        (height, width, 3) uint8 RGB, contiguous.
+
+    Raises:
+        DataError: not a picture, damaged, cut short, or of a size that cannot be meant.
+    """
+    if not data:
+        raise DataError(f"{name}: empty file, not an image; {REMEDY}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if data.startswith(PNG_SIGNATURE):
+                with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+                    picture.verify()  # checks the checksum of every chunk, which loading does not; for one use only
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+                if picture.format == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+                    # No end marker after the last scan: cut short, even where all pixels seem to be there.
+                    raise DataError(f"{name}: truncated JPEG; {REMEDY}")
+                picture.load()
+                pixels = _to_rgb(picture, name)
+    except Image.UnidentifiedImageError as error:
+        raise DataError(f"{name}: not an image this program reads ({', '.join(FORMATS)}); {REMEDY}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{name}: {error}; scale it down or remove it") from error
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, OverflowError) as error:
+        # Pillow's decoders raise all of these on damaged files; SyntaxError is how its PNG reader says "broken".
+        raise DataError(f"{name}: damaged image ({error}); {REMEDY}") from error
+    if max(pixels.shape[:2]) > LARGEST_SIDE:
+        raise DataError(f"{name}: {pixels.shape[1]}×{pixels.shape[0]} pixels is too large; scale it down or remove it")
+    return pixels
+
+
+def _to_rgb(picture: Image.Image, name: str) -> np.ndarray:
+    # Before the conversion below, which would drop the EXIF block.
+    if picture.getexif().get(ORIENTATION, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", None)):
+        # 16-bit grey; Pillow's own conversion would clip it at 255.
+        grey = np.asarray(picture).astype(np.uint32) // 257
+        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+    if picture.mode in ("I", "F"):
+        raise DataError(f"{name}: pixels of type {picture.mode} have no agreed range; save it as 8-bit RGB")
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture)
+    return np.array(picture.convert("RGB"))
+
+
+def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Resize the shorter side to `size` pixels (bicubic, antialiased) and cut the middle square out.
+
+    Args:
+        pixels: (height, width, 3) uint8.
+
+    Returns:
+        (size, size, 3) uint8; `pixels` itself where nothing is to be done.
+    """
+    height, width = pixels.shape[:2]
+    if (height, width) == (size, size):
+        return pixels
+    scale = size / min(height, width)
+    # Only the box that survives the crop is resized; the filter still sees the pixels around it.
+    side = size / scale
+    left, top = (width - side) / 2, (height - side) / 2
+    picture = Image.fromarray(pixels)
+    square = picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    return np.array(square)
+
+
+class Split(Protocol):
+    """The samples of one split, in the order in which they are written. Picklable, and safe to use after a fork."""
+
+    labels: np.ndarray  # (N,) int64
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Where sample `index` comes from, for messages."""
+        ...
+
+    def load(self, index: int) -> tuple[np.ndarray, bytes]:
+        """Pixels (height, width, 3) uint8 of sample `index`, and the sha256 of its encoded form (empty if it has none).
+
+        Raises DataError.
+        """
+        ...
+
+    def part(self, start: int, stop: int) -> Split:
+        """The samples from `start` up to `stop` as a small split of their own."""
+        ...
+
+    def resized(self, size: int) -> Split:
+        """The same samples as squares of `size` pixels."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySplit:
+    """Samples whose pixels are in memory.
+
+    Attributes:
+        images: (N, height, width, 3) uint8.
+        labels: (N,) int64.
+        source: for messages.
+        size: resize and crop to this side when not None.
+        first: number of the first sample, for messages.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    source: str
+    size: int | None = None
+    first: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return f"{self.source}, image {self.first + index}"
+
+    def load(self, index: int) -> tuple[np.ndarray, bytes]:
+        pixels = self.images[index]
+        return (pixels if self.size is None else resize_and_crop(pixels, self.size)), b""
+
+    def part(self, start: int, stop: int) -> ArraySplit:
+        return replace(self, images=self.images[start:stop], labels=self.labels[start:stop], first=self.first + start)
+
+    def resized(self, size: int) -> ArraySplit:
+        return replace(self, size=size)
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedSplit:
+    """Samples kept as encoded pictures and decoded each time they are asked for.
+
+    Attributes:
+        blobs: where the pictures lie.
+        names: where they come from, for messages.
+        labels: (N,) int64.
+        size: resize and crop to this side when not None.
+    """
+
+    blobs: Sequence[Blob]
+    names: Sequence[str]
+    labels: np.ndarray
+    size: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def load(self, index: int) -> tuple[np.ndarray, bytes]:
+        try:
+            data = self.blobs[index].read()
+        except OSError as error:
+            raise DataError(f"{self.names[index]}: {error.strerror}; check the file and its permissions") from error
+        pixels = decode_rgb(data, self.names[index])
+        return (pixels if self.size is None else resize_and_crop(pixels, self.size)), hashlib.sha256(data).digest()
+
+    def part(self, start: int, stop: int) -> EncodedSplit:
+        return replace(self, blobs=self.blobs[start:stop], names=self.names[start:stop], labels=self.labels[start:stop])
+
+    def resized(self, size: int) -> EncodedSplit:
+        return replace(self, size=size)
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenSplit:
+    """Some samples of another split, in the order of `places`, (N,) indices into it."""
+
+    split: Split
+    places: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.split.labels[self.places]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def name(self, index: int) -> str:
+        return self.split.name(int(self.places[index]))
+
+    def load(self, index: int) -> tuple[np.ndarray, bytes]:
+        return self.split.load(int(self.places[index]))
+
+    def part(self, start: int, stop: int) -> ChosenSplit:
+        return replace(self, places=self.places[start:stop])
+
+    def resized(self, size: int) -> ChosenSplit:
+        return replace(self, split=self.split.resized(size))

@@ -1,0 +1,88 @@
+"""Find out which form a source has, and open it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from rsengine.data.errors import DataError
+from rsengine.data.sources.archives import file_digest, is_archive
+from rsengine.data.sources.base import Source
+from rsengine.data.sources.digits import open_digits
+from rsengine.data.sources.folders import find_class_folders, open_class_folders
+from rsengine.data.sources.official import BY_ARCHIVE, LAYOUTS, find_layout, open_official, verify_archive
+from rsengine.data.sources.parquet import SUFFIX, find_parquet, open_parquet
+from rsengine.data.sources.tree import Tree, open_tree
+
+DIGITS = "digits"
+FOLDER_FRACTION, DIGITS_FRACTION = 0.1, 0.2
+FORMS = (
+    "the official CIFAR-10/100 archives or folders, Parquet files, class folders (train/cat/1.jpg) "
+    "or a tar or zip of them, or the word digits"
+)
+
+
+def source_name(source: str | Path) -> str:
+    """A short name for a data set, from the name of its file or folder."""
+    name = Path(source).absolute().name
+    name = re.sub(r"\.(tar(\.\w+)?|tgz|tbz2?|txz|zip|parquet)$", "", name, flags=re.IGNORECASE)
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "dataset"
+
+
+def open_source(
+    source: str | Path,
+    scratch: Path,
+    *,
+    verify: bool = True,
+    test_fraction: float | None = None,
+    seed: int = 0,
+    log: Callable[[str], None] = print,
+) -> Source:
+    """Detect the form of `source` and open it; pictures in class folders and Parquet are not decoded yet.
+
+    Args:
+        source: a path, or "digits".
+        scratch: an existing folder for temporary files, needed as long as the result is used.
+        verify: compare official CIFAR files with their published checksums.
+        test_fraction: share of every class to test on where there is no test set; default 0.1, for digits 0.2.
+        seed: chooses those samples.
+        log: is told, in single lines, whatever was decided.
+
+    Raises:
+        DataError: with the file and the remedy, for everything that can be wrong with it.
+    """
+    if str(source) == DIGITS and not Path(source).exists():
+        return open_digits(test_fraction=DIGITS_FRACTION if test_fraction is None else test_fraction, seed=seed)
+    path, fraction = Path(source).expanduser(), FOLDER_FRACTION if test_fraction is None else test_fraction
+    official = BY_ARCHIVE.get(path.name)
+    if verify and official is not None and path.is_file():
+        # Before unpacking: an incomplete download is better called that than a damaged archive.
+        verify_archive(official, str(path), file_digest(path, "md5"))
+    tree = open_tree(path, scratch)
+    if (found := find_layout(tree)) is not None:
+        return open_official(tree, *found, verify=verify, log=log)
+    if official is not None:
+        raise DataError(f"{path}: does not hold what {path.name} should; download it again")
+    name = source_name(path)
+    if files := find_parquet(tree):
+        return open_parquet(tree, files, scratch, name=name, test_fraction=fraction, seed=seed, log=log)
+    if tree.kind != "file" and (folder := find_class_folders(tree)) is not None:
+        return open_class_folders(tree, folder, name=name, test_fraction=fraction, seed=seed, log=log)
+    raise DataError(_unknown(path, tree))
+
+
+def _unknown(path: Path, tree: Tree) -> str:
+    if tree.kind == "file":
+        if any(path.name in layout.files for layout in LAYOUTS):
+            return f"{path}: is one file of a data set; give the folder it lies in, {path.absolute().parent}"
+        if path.stat().st_size == 0:
+            return f"{path}: empty file; download or copy it again"
+        return f"{path}: a single file that is no archive and no {SUFFIX} file; give {FORMS}"
+    if not tree.files:
+        return f"{path}: no files in it; give {FORMS}"
+    if tree.kind == "folder":
+        inside = [name for name in tree.files if "/" not in name and is_archive(path / name)]
+        if inside:
+            return f"{path}: holds no images, but the archive {inside[0]}; give {path / inside[0]} itself"
+    return f"{path}: no class folders, no Parquet and no CIFAR files in it; give {FORMS}"

@@ -1,0 +1,178 @@
+"""Parquet files in the layout of the Hugging Face Hub: a column of pictures and a column of labels."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rsengine.data.errors import DataError
+from rsengine.data.sources.archives import Blob, Spool
+from rsengine.data.sources.base import Source, split_by_hash
+from rsengine.data.sources.images import EncodedSplit
+from rsengine.data.sources.tree import Tree
+
+SUFFIX = ".parquet"
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMNS = ("label", "fine_label")
+SPLITS = {"train": r"train(ing)?", "test": r"test(ing)?", "validation": r"val(id|idation)?"}
+ROWS = 512  # rows in memory at a time
+
+
+def find_parquet(tree: Tree) -> list[str]:
+    """Names of the Parquet files in the tree."""
+    return [name for name in tree.files if name.lower().endswith(SUFFIX)]
+
+
+def open_parquet(
+    tree: Tree,
+    names: list[str],
+    scratch: Path,
+    *,
+    name: str,
+    test_fraction: float,
+    seed: int,
+    log: Callable[[str], None],
+) -> Source:
+    """Copy the encoded pictures out of Parquet files into a file in `scratch`; they are decoded later, one at a time.
+
+    A file belongs to the split its name, or the folder it is in, begins with: train, test or validation.
+
+    Raises:
+        DataError: pyarrow is not installed, damaged file, missing columns, rows without picture, labels out of range.
+    """
+    groups: dict[str, list[str]] = {}
+    for each in names:
+        groups.setdefault(_split_of(each), []).append(each)
+    parts: dict[str, EncodedSplit] = {}
+    titles: list[tuple[str, ...] | None] = []
+    with Spool(scratch / "spool-parquet") as spool:
+        for split, members in groups.items():
+            if split == "validation" and "test" in groups:
+                log(f"{tree.root}: testing on test, ignoring validation")
+                continue
+            read = [_read(tree, each, spool) for each in members]
+            titles += [classes for _, classes in read]
+            parts[split] = _joined([part for part, _ in read])
+    if "train" not in parts:
+        if "" not in parts or len(parts) > 1:
+            raise DataError(f"{tree.root}: no train*.parquet among {', '.join(sorted(names)[:3])}; add or rename it")
+        parts["train"] = parts.pop("")
+    elif "" in parts:
+        raise DataError(f"{tree.where(groups[''][0])}: name says neither train nor test; rename or remove it")
+    if len(set(titles)) > 1:
+        raise DataError(f"{tree.root}: the Parquet files name different classes; give files of one data set")
+    train, test = parts["train"], parts.get("test", parts.get("validation"))
+    if test is None:
+        chosen = split_by_hash(train.labels, list(train.names), test_fraction, seed, str(tree.root))
+        log(
+            f"{tree.root}: no test file, so {chosen.sum()} of {len(train)} images, {test_fraction:g} of every class, "
+            f"are set aside for testing (seed {seed})"
+        )
+        train, test = _chosen(train, ~chosen), _chosen(train, chosen)
+    classes = titles[0]
+    if classes is None:
+        count = int(max(train.labels.max(initial=-1), test.labels.max(initial=-1))) + 1
+        classes = tuple(str(label) for label in range(count))
+        log(f"{tree.root}: the files name no classes; they are numbered 0 … {count - 1}")
+    for part in (train, test):
+        wrong = np.flatnonzero((part.labels < 0) | (part.labels >= len(classes)))
+        if len(wrong):
+            raise DataError(
+                f"{part.names[wrong[0]]}: label {part.labels[wrong[0]]} out of range 0 … {len(classes) - 1}; "
+                "remove the unlabelled rows or give another file"
+            )
+    used = [each for split, members in groups.items() for each in members if split in (*parts, "")]
+    return Source(name, f"Parquet, {tree.kind}", classes, train, test, tree.checksum(used))
+
+
+def _split_of(name: str) -> str:
+    parts = name.lower().split("/")
+    for part in (parts[-1], *reversed(parts[:-1])):
+        for split, pattern in SPLITS.items():
+            if re.match(rf"{pattern}($|[^a-z])", part):
+                return split
+    return ""
+
+
+def _read(tree: Tree, name: str, spool: Spool) -> tuple[EncodedSplit, tuple[str, ...] | None]:
+    """One Parquet file: its samples, and its class names where it has them."""
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{tree.where(name)}: needs pyarrow; run: pip install 'rsengine[parquet]'") from error
+    where, blob = tree.where(name), tree.files[name]
+    blobs: list[Blob] = []
+    labels: list[int] = []
+    try:
+        content = arrow.BufferReader(tree.read(name)) if tree.kind == "archive" else blob.path
+        with arrow.parquet.ParquetFile(content) as file:
+            columns = set(file.schema_arrow.names)
+            image = next((column for column in IMAGE_COLUMNS if column in columns), None)
+            label = next((column for column in LABEL_COLUMNS if column in columns), None)
+            if image is None or label is None:
+                raise DataError(
+                    f"{where}: needs a column {' or '.join(IMAGE_COLUMNS)} and a column {' or '.join(LABEL_COLUMNS)}, "
+                    f"has {', '.join(sorted(columns))}; rename them"
+                )
+            classes = _class_names(file.schema_arrow.metadata, label)
+            for batch in file.iter_batches(ROWS, columns=[image, label]):
+                pictures = batch.column(batch.schema.get_field_index(image)).to_pylist()
+                for row, (picture, number) in enumerate(
+                    zip(pictures, batch.column(batch.schema.get_field_index(label)).to_pylist(), strict=True),
+                    start=len(labels),
+                ):
+                    blobs.append(spool.append(_picture(picture, f"{where} row {row}")))
+                    labels.append(_label(number, f"{where} row {row}"))
+    except (arrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DataError(f"{where}: damaged Parquet file ({error}); download it again") from error
+    if not labels:
+        raise DataError(f"{where}: no rows; give a file with images")
+    names = [f"{where} row {row}" for row in range(len(labels))]
+    return EncodedSplit(blobs, names, np.array(labels, np.int64)), classes
+
+
+def _picture(value: Any, where: str) -> bytes:
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes):
+        raise DataError(f"{where}: no image bytes in it (only a path?); export the data set with its images embedded")
+    return data
+
+
+def _label(value: Any, where: str) -> int:
+    if not isinstance(value, int):
+        raise DataError(f"{where}: label is {value!r}, not a whole number; remove the row or number the classes")
+    if not -(2**63) <= value < 2**63:
+        raise DataError(f"{where}: label {value} out of range; number the classes from 0")
+    return value
+
+
+def _class_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:
+    """Class names from the description which the Hugging Face library stores in the file; None when it has none."""
+    if not metadata or b"huggingface" not in metadata:
+        return None
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
+    except (ValueError, KeyError, TypeError):
+        return None  # another description than that of a class label: the caller says that classes are numbered
+    return tuple(str(name) for name in names)
+
+
+def _joined(parts: list[EncodedSplit]) -> EncodedSplit:
+    return EncodedSplit(
+        [blob for part in parts for blob in part.blobs],
+        [name for part in parts for name in part.names],
+        np.concatenate([part.labels for part in parts]),
+    )
+
+
+def _chosen(split: EncodedSplit, mask: np.ndarray) -> EncodedSplit:
+    indices = np.flatnonzero(mask)
+    return EncodedSplit([split.blobs[i] for i in indices], [split.names[i] for i in indices], split.labels[indices])

@@ -1,0 +1,136 @@
+"""One view of a folder, an archive or a single file: relative names and their contents."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rsengine.data.errors import DataError
+from rsengine.data.sources.archives import Blob, Spool, file_digest, is_archive, unpack
+
+IGNORED = frozenset({"thumbs.db", "desktop.ini", "__macosx"})  # what Windows and macOS leave behind
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """The visible files of a source.
+
+    Attributes:
+        root: the folder, archive or file.
+        kind: "folder", "archive" or "file".
+        files: name relative to the root, with forward slashes, -> content; sorted by name.
+        folders: names of all folders, empty ones included, without the root itself.
+    """
+
+    root: Path
+    kind: str
+    files: dict[str, Blob]
+    folders: frozenset[str]
+
+    def where(self, name: str) -> str:
+        """A file of the tree as the user would name it."""
+        return str(self.root / name) if self.kind == "folder" else f"{self.root}: {name}"
+
+    def read(self, name: str) -> bytes:
+        """The content of a file."""
+        return self.files[name].read()
+
+    def below(self, folder: str) -> Tree:
+        """The part of the tree inside `folder`, "" for all of it; names keep their full length."""
+        if not folder:
+            return self
+        prefix = folder + "/"
+        return Tree(
+            self.root,
+            self.kind,
+            {name: blob for name, blob in self.files.items() if name.startswith(prefix)},
+            frozenset(name for name in self.folders if name.startswith(prefix)),
+        )
+
+    def children(self, folder: str) -> tuple[list[str], list[str]]:
+        """Full names of the files and of the folders directly inside `folder`, sorted."""
+        prefix = folder + "/" if folder else ""
+        files = [n for n in self.files if n.startswith(prefix) and "/" not in n[len(prefix) :]]
+        folders = [n for n in self.folders if n.startswith(prefix) and "/" not in n[len(prefix) :]]
+        return files, sorted(folders)
+
+    def checksum(self, names: Iterable[str]) -> str:
+        """sha256 of the source: of the archive or file itself, or of the list of the checksums of these files."""
+        if self.kind != "folder":
+            return file_digest(self.root, "sha256")
+        return digest_of_list((name, hashlib.sha256(self.read(name)).digest()) for name in names)
+
+
+def digest_of_list(digests: Iterable[tuple[str, bytes]]) -> str:
+    """sha256 of the lines "<sha256>  <name>\\n", sorted by name."""
+    total = hashlib.sha256()
+    for name, digest in sorted(digests):
+        total.update(digest.hex().encode() + b"  " + os.fsencode(name) + b"\n")
+    return total.hexdigest()
+
+
+def open_tree(source: Path, scratch: Path) -> Tree:
+    """Look at a source; an archive is unpacked into one file in `scratch`.
+
+    Raises:
+        DataError: there is no such file or folder, or the archive is bad.
+    """
+    if not source.exists():
+        raise DataError(f"{source}: no such file or folder; check the path")
+    if source.is_dir():
+        files, folders = _walk(source)
+        return _visible(source, "folder", files, folders)
+    if not source.is_file():
+        raise DataError(f"{source}: neither a file nor a folder; give an archive or a folder")
+    if not is_archive(source):
+        return Tree(source, "file", {source.name: Blob(str(source))}, frozenset())
+    with Spool(scratch / "spool") as spool:
+        files, folders = unpack(source, spool)
+    return _visible(source, "archive", files, folders)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is not meant for people: .DS_Store, ._x, Thumbs.db, and all in such folders."""
+    return any(part.startswith(".") or part.lower() in IGNORED for part in name.split("/"))
+
+
+def _walk(root: Path) -> tuple[dict[str, Blob], set[str]]:
+    files: dict[str, Blob] = {}
+    folders: set[str] = set()
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename}: {error.strerror}; check its permissions") from error
+
+    ancestors: dict[str, set[tuple[int, int]]] = {str(root): set()}
+    # Links are followed, since people link classes together; a link to a folder above is not, it would never end.
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
+        status = os.stat(folder)
+        above = ancestors.pop(folder)
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            raise DataError(f"{folder}: a link to a folder that contains it; remove the link")
+        subfolders[:] = [name for name in subfolders if not is_hidden(name)]
+        for name in subfolders:
+            ancestors[os.path.join(folder, name)] = above | {here}
+        relative = os.path.relpath(folder, root)
+        prefix = "" if relative == "." else relative + "/"
+        if prefix:
+            folders.add(relative)
+        for name in names:
+            files[prefix + name] = Blob(os.path.join(folder, name))
+    return files, folders
+
+
+def _visible(root: Path, kind: str, files: dict[str, Blob], folders: set[str]) -> Tree:
+    shown = {name: files[name] for name in sorted(files) if not is_hidden(name)}
+    every = {name for name in folders if name and not is_hidden(name)}
+    for name in shown:  # archives need not list the folders
+        while "/" in name:
+            name = name.rpartition("/")[0]
+            if name in every:
+                break
+            every.add(name)
+    return Tree(root, kind, shown, frozenset(every))

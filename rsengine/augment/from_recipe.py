@@ -1,0 +1,37 @@
+"""The FFCV operations that a recipe asks for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rsengine.augment.operations import (
+    AlternatingFlip,
+    Cutout,
+    HorizontalFlip,
+    PolicyOperation,
+    RandomCrop,
+    SeededOperation,
+)
+from rsengine.augment.policies import policy_of
+
+if TYPE_CHECKING:
+    from rsengine.config import AugmentSection
+
+
+def training_augmentations(augment: AugmentSection, mean: Sequence[float], seed: int) -> list[SeededOperation]:
+    """The FFCV operations a recipe asks for, in order. ``mean``: of the data set, 0 to 1, a colour to fill with."""
+    colours = {"zero": (0, 0, 0), "mean": [round(255 * channel) for channel in mean]}
+    operations: list[SeededOperation] = []
+    if augment.crop_padding:
+        operations.append(RandomCrop(augment.crop_padding, augment.crop_mode, seed=seed))
+    if augment.flip:
+        operations.append(AlternatingFlip(seed) if augment.alternating_flip else HorizontalFlip(seed))
+    if augment.policy != "none":
+        make = functools.partial(policy_of, augment)
+        operations.append(PolicyOperation(make, augment.policy_interpolation, colours[augment.policy_fill], seed))
+    if augment.cutout_holes:
+        fill = colours[augment.cutout_fill]
+        operations.append(Cutout(augment.cutout_holes, augment.cutout_size, fill, seed=seed))
+    return operations

@@ -1,0 +1,169 @@
+"""How many operations a training step hands to the device: the engine's step beside the same one in plain PyTorch.
+
+``python -m rsengine.capture_check --launch-table`` prints docs/launches.md.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rsengine.checks.capture import build_step, check_step, tracing
+from rsengine.checks.trace import Operation
+from rsengine.config import Recipe, load_recipe
+from rsengine.engine.step import TrainStep
+from rsengine.model import Bottleneck
+
+RECIPES = ("report-1", "quickstart")
+# Parts of a step, in the table's order.
+IMAGES, PRODUCTS, NORM = "images: normalise", "convolutions, linear layers", "batch norm and its counters"
+OTHER, CASTS = "ReLU, pooling, dropout, sums of branches", "other casts between float32 and bfloat16"
+TAIL, LOSS = "squeeze-and-excite to the block's end, its casts", "loss and accuracy"
+GRADIENTS, UPDATE, BOOKS = "gradients: clear, accumulate", "SGD and EMA", "tables, counters, sums"
+PARTS = (IMAGES, PRODUCTS, NORM, OTHER, CASTS, TAIL, LOSS, GRADIENTS, UPDATE, BOOKS)
+
+INTRODUCTION = """\
+# Operations a step hands to the device
+
+Written by `python -m rsengine.capture_check --launch-table > docs/launches.md`; a test keeps it current.
+
+**Counted on a traced fake device, not measured on a GPU.** One training step of each recipe, bfloat16 autocast, at its
+own batch size on 32x32 pixels and 10 classes. Counted is every operator call that gives the device work; views and
+allocations are not.
+
+- *plain*: squeeze-and-excite from single operators as timm has it, `F.cross_entropy`, `torch.optim.SGD(foreach=True)`,
+  EMA by `torch._foreach_lerp_`, gradients set to `None`.
+- *engine*: the step of `rsengine.engine.step` as it is captured: the fused operators of `rsengine.kernels`, gradients
+  kept in place (one addition a parameter, the price of fixed addresses), schedules and sums on the device.
+
+"""
+NOTES = """
+An operator is one kernel or more, so these are lower bounds on launches, and time follows from them only where
+launching is what a step waits for; replaying a captured step launches its kernels without the host. A `foreach`
+operator over hundreds of tensors is several kernels, a convolution's backward pass two or three. The fused ones:
+`squeeze_excite` is 1 kernel forward and 2 backward where a sample's map stays on chip, 4 and 5 where it does not;
+`label_smoothed_cross_entropy` 1 or 2, its scaling 1; `sgd_ema_step` and `ema_update` 1 each. Whether a convolution's
+weight gradient comes in the layout of its weight depends on the device: here those of the 3x3 convolutions do not, and
+as the plain step does not keep its gradients it pays a copy for each, counted under *gradients*.
+"""
+
+
+class PlainBottleneck(Bottleneck):
+    """The block as timm writes it: squeeze-and-excite, stochastic depth, sum and ReLU from plain operators."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = F.relu(self.bn1(self.conv1(x)))
+        branch = F.relu(self.bn2(self.conv2(branch)))
+        return self._tail(self.bn3(self.conv3(branch)), self.shortcut(x))
+
+    def _tail(self, branch: Tensor, shortcut: Tensor) -> Tensor:
+        reduce, expand = self.se.reduce, self.se.expand  # timm's are 1x1 convolutions
+        gate = F.relu(F.conv2d(branch.mean((2, 3), keepdim=True), reduce.weight[:, :, None, None], reduce.bias))
+        branch = branch * torch.sigmoid(F.conv2d(gate, expand.weight[:, :, None, None], expand.bias))
+        if self.training and self.drop_path > 0:
+            keep = 1 - self.drop_path
+            branch = branch * branch.new_empty(branch.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep)
+        return F.relu(branch + shortcut)
+
+
+class PlainStep:
+    """The step of a recipe without :mod:`rsengine.kernels`: the loss, optimiser and average that PyTorch offers."""
+
+    def __init__(self, step: TrainStep, recipe: Recipe) -> None:
+        # `step` is used up: the plain one takes its network and changes it.
+        self.model, self.preprocess, self.execution = step.model, step.preprocess, step.execution
+        for module in self.model.modules():
+            if isinstance(module, Bottleneck):
+                module.__class__ = PlainBottleneck
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.smoothing, self.decay = recipe.train.label_smoothing, recipe.ema.decay
+        decayed = [p for p in self.model.parameters() if p.dim() > 1]
+        exempt = [p for p in self.model.parameters() if p.dim() == 1]
+        options = {"lr": 0.1, "momentum": recipe.optimizer.momentum, "nesterov": recipe.optimizer.nesterov}
+        groups = [{"params": decayed, "weight_decay": recipe.optimizer.weight_decay}, {"params": exempt}]
+        self.optimizer = torch.optim.SGD(groups, **options, foreach=True)
+        self.loss_sum = torch.zeros((), device=step.counter.device)
+        self.correct_sum = torch.zeros((), dtype=torch.int64, device=step.counter.device)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.execution.autocast():
+            logits = self.model(self.preprocess(images))
+            loss, correct = self._loss(logits, labels)
+        loss.backward()
+        self._update()
+        self.loss_sum += loss.detach()
+        self.correct_sum += correct
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
+        return loss, (logits.argmax(1) == labels).sum()
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        ours, averaged = ([*m.parameters(), *m.buffers()] for m in (self.model, self.average))
+        pairs = [(a, b) for a, b in zip(averaged, ours, strict=True) if a.is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in pairs], [b.detach() for _, b in pairs], 1 - self.decay)
+
+    def state_tensors(self) -> list[Tensor]:
+        return [self.loss_sum, self.correct_sum]
+
+
+def launch_table() -> str:
+    """The text of docs/launches.md."""
+    columns: dict[str, Counter[str]] = {}
+    for name in RECIPES:
+        columns[f"{name}, plain"], columns[f"{name}, engine"] = count_launches(load_recipe(name))
+    rows = [["part of the step", *columns], ["---", *["---:"] * len(columns)]]
+    rows += [[part, *(f"{column[part]:,}" for column in columns.values())] for part in PARTS]
+    rows.append(["**all**", *(f"**{column.total():,}**" for column in columns.values())])
+    return INTRODUCTION + "".join(f"| {' | '.join(row)} |\n" for row in rows) + NOTES
+
+
+def count_launches(recipe: Recipe) -> tuple[Counter[str], Counter[str]]:
+    """Operations by part, of the plain step and of the engine's.
+
+    Raises:
+        ValueError: the engine's step of this recipe cannot be captured.
+    """
+    with tracing() as device:
+        step, inputs = build_step(recipe, device)
+        engine = check_step(step, inputs)
+        if engine.findings:
+            raise ValueError(f"recipe {recipe.name}: {engine}")
+        plain = check_step(PlainStep(step, recipe), inputs)  # no graph is made of it: its findings do not matter
+    return _by_part(plain.operations), _by_part(engine.operations)
+
+
+def _by_part(operations: Sequence[Operation]) -> Counter[str]:
+    return Counter(part_of(operation) for operation in operations if operation.launches)
+
+
+def part_of(operation: Operation) -> str:
+    """Which of :data:`PARTS` an operation belongs to: by the line whose value or gradient it computes."""
+    site, name = operation.forward or operation.site, operation.name
+    file, function = Path(site.file).name, site.function
+    in_network = file in ("network.py", "layers.py", "batch_normalization.py") or (
+        file == "launches.py" and function == "forward"
+    )
+    if file == "squeeze_excitation.py" or function == "_tail":
+        return TAIL
+    if in_network:
+        if name == "aten._to_copy":
+            return CASTS
+        if "convolution" in name or "mm" in name:
+            return PRODUCTS
+        return NORM if "batch_norm" in name or name == "aten.add_.Tensor" else OTHER
+    if file == "preprocess.py":
+        return IMAGES
+    if file == "cross_entropy.py" or function == "_loss":
+        return LOSS
+    if file == "ema.py" or (file == "launches.py" and function == "_update"):
+        return UPDATE
+    return GRADIENTS if ".backward(" in site.text or function == "_clear_gradients" else BOOKS

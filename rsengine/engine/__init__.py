@@ -1,0 +1,1 @@
+"""The training step: from a recipe to one captured tensor program."""

@@ -1,0 +1,101 @@
+"""Where a run's batches come from, as ``train.loader`` says, on the device and ready for the step.
+
+Both kinds give the inputs of the step: a streamed batch is two tensors, and a resident one is none, because the step
+makes its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from rsengine.config import Recipe
+from rsengine.data import Dataset
+from rsengine.device import Execution
+from rsengine.engine.graph import static_batch
+from rsengine.input.resident import load_resident, read_images
+from rsengine.input.transfer import Batch, feeder_for
+from rsengine.model.preprocess import Preprocess
+
+
+class StreamedBatches:
+    """From FFCV, through pinned memory and a copy stream where the device is a GPU.
+
+    Raises:
+        LoaderError: the images do not fill a batch.
+    """
+
+    resident = None  # the argument of TrainStep
+
+    def __init__(self, recipe: Recipe, dataset: Dataset, execution: Execution, preprocess: Preprocess) -> None:
+        # Here, because importing FFCV and numba takes longer than a resident run needs to begin.
+        from rsengine.augment.from_recipe import training_augmentations
+        from rsengine.input.stream import BetonLoader
+
+        train = recipe.train
+        self._train = BetonLoader(
+            dataset.train_beton,
+            train.batch_size,
+            augmentations=training_augmentations(recipe.augment, dataset.mean, train.seed),
+            shuffle=True,
+            drop_last=True,
+            seed=train.seed,
+        )
+        self._test = BetonLoader(dataset.test_beton, train.eval_batch_size)
+        self.steps_per_epoch = len(self._train)
+        if train.limit_train_batches:
+            self.steps_per_epoch = min(self.steps_per_epoch, train.limit_train_batches)
+        self._train_feeder = feeder_for(execution.device, train.batch_size, dataset.image_size)
+        self._test_feeder = feeder_for(execution.device, train.eval_batch_size, dataset.image_size)
+        self._shape = train.batch_size, dataset.image_size
+
+    def static_inputs(self, device: torch.device) -> tuple[Tensor, ...]:
+        """What a captured step is to be captured with."""
+        return static_batch(*self._shape, device)
+
+    def train_epoch(self, epoch: int, start: int) -> Iterator[Batch]:
+        """The inputs of each step of an epoch, from step ``start`` of it on. Close it when leaving early."""
+        with contextlib.closing(self._train.epoch(epoch, start=start)) as batches:
+            yield from self._train_feeder.feed(batches) if self._train_feeder else batches
+
+    def test_epoch(self) -> Iterator[Batch]:
+        """The test set in its order; the last batch may be smaller. Close it when leaving early."""
+        with contextlib.closing(self._test.epoch()) as batches:
+            yield from self._test_feeder.feed(batches) if self._test_feeder else batches
+
+
+class ResidentBatches:
+    """Both sets whole on the device.
+
+    Raises:
+        ValueError: they do not fit there, or the images do not fill a batch, as load_resident says.
+    """
+
+    def __init__(self, recipe: Recipe, dataset: Dataset, execution: Execution, preprocess: Preprocess) -> None:
+        self.resident = load_resident(dataset, recipe, execution, preprocess)
+        self.steps_per_epoch = self.resident.steps_per_epoch
+        self._test = [tensor.to(execution.device) for tensor in read_images(dataset.test_beton)]
+        self._eval_batch_size = recipe.train.eval_batch_size
+
+    def static_inputs(self, device: torch.device) -> tuple[Tensor, ...]:
+        return ()
+
+    def train_epoch(self, epoch: int, start: int) -> Iterator[tuple[()]]:
+        yield from [()] * (self.steps_per_epoch - start)
+
+    def test_epoch(self) -> Iterable[Batch]:
+        return zip(*(tensor.split(self._eval_batch_size) for tensor in self._test), strict=True)
+
+
+def open_batches(
+    recipe: Recipe, dataset: Dataset, execution: Execution, preprocess: Preprocess
+) -> StreamedBatches | ResidentBatches:
+    """The batches of a run of ``recipe``. Streamed ones are pixels; resident ones may be normalised by ``preprocess``.
+
+    Raises what its kind does.
+    """
+    kind = ResidentBatches if recipe.train.loader == "resident" else StreamedBatches
+    return kind(recipe, dataset, execution, preprocess)

@@ -1,0 +1,23 @@
+"""The ResNet-RS family."""
+
+from rsengine.model.network import (
+    DEPTHS,
+    DROP_PATH_RULES,
+    Bottleneck,
+    ResNetRS,
+    divisible,
+    drop_path_rates,
+    resnet_rs,
+)
+from rsengine.model.timm_weights import from_timm
+
+__all__ = [
+    "DEPTHS",
+    "DROP_PATH_RULES",
+    "Bottleneck",
+    "ResNetRS",
+    "divisible",
+    "drop_path_rates",
+    "from_timm",
+    "resnet_rs",
+]

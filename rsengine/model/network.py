@@ -1,0 +1,290 @@
+"""The ResNet-RS family (Bello et al., "Revisiting ResNets", arXiv 2103.07579).
+
+Bottleneck ResNets with the ResNet-D stem and shortcut, a strided 3x3 convolution in place of the max-pool, and
+squeeze-and-excite after the last batch norm of each residual branch. Parameter for parameter the authors' networks (and
+timm's ``resnetrs*``, whose weights load through :func:`rsengine.model.from_timm`), with the options CIFAR-sized images
+call for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rsengine.kernels import batch_norm_squeeze_excite_residual, squeeze_excite_residual
+from rsengine.model.layers import BatchNorm, Conv3x3, PointwiseConv
+
+# Blocks in each of the four stages. 26 is this project's small one; the others are the paper's.
+DEPTHS: dict[int, tuple[int, int, int, int]] = {
+    26: (2, 2, 2, 2),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
+    270: (4, 29, 53, 4),
+    350: (4, 36, 72, 4),
+    420: (4, 44, 87, 4),
+}
+DROP_PATH_RULES = ("tf", "timm")
+EXPANSION = 4
+
+
+def divisible(value: float, divisor: int = 8) -> int:
+    """``value`` rounded to the nearest multiple of ``divisor``, at least one of them."""
+    return max(divisor, int(value + divisor / 2) // divisor * divisor)
+
+
+class Stem(nn.Module):
+    """ResNet-D stem: three 3x3 convolutions of widths w, w, 2w, then a 3x3 convolution in place of the max-pool."""
+
+    def __init__(self, width: int, stride: int, pool_stride: int) -> None:
+        super().__init__()
+        self.out_channels = 2 * width
+        self.conv1, self.bn1 = Conv3x3(3, width, stride), BatchNorm(width)
+        self.conv2, self.bn2 = Conv3x3(width, width), BatchNorm(width)
+        self.conv3, self.bn3 = Conv3x3(width, 2 * width), BatchNorm(2 * width)
+        self.pool_conv, self.pool_bn = Conv3x3(2 * width, 2 * width, pool_stride), BatchNorm(2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x), relu=True)
+        x = self.bn2(self.conv2(x), relu=True)
+        x = self.bn3(self.conv3(x), relu=True)
+        return self.pool_bn(self.pool_conv(x), relu=True)
+
+
+class Shortcut(nn.Module):
+    """ResNet-D projection: average pool where the block strides, then a 1x1 convolution and batch norm."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv, self.bn = PointwiseConv(in_channels, out_channels), BatchNorm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride != 1:
+            # ceil_mode keeps a 1-pixel map alive and count_include_pad=False keeps its mean right.
+            x = F.avg_pool2d(x, self.stride, self.stride, ceil_mode=True, count_include_pad=False)
+        return self.bn(self.conv(x))
+
+
+class SqueezeExcite(nn.Module):
+    """The parameters of squeeze-and-excite; the arithmetic is :mod:`rsengine.kernels`."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.reduce, self.expand = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """In the order the operations take them."""
+        return self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (with the stride) and 1x1 convolutions with batch norm; squeeze-and-excite; stochastic depth; sum."""
+
+    def __init__(self, in_channels: int, width: int, stride: int, se_ratio: float, drop_path: float) -> None:
+        super().__init__()
+        out_channels = width * EXPANSION
+        self.drop_path = drop_path
+        self.conv1, self.bn1 = PointwiseConv(in_channels, width), BatchNorm(width)
+        self.conv2, self.bn2 = Conv3x3(width, width, stride), BatchNorm(width)
+        self.conv3, self.bn3 = PointwiseConv(width, out_channels), BatchNorm(out_channels)
+        self.se = SqueezeExcite(out_channels, divisible(out_channels * se_ratio))
+        needs_projection = stride != 1 or in_channels != out_channels
+        self.shortcut = Shortcut(in_channels, out_channels, stride) if needs_projection else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep_scale = None
+        if self.training and self.drop_path > 0:
+            keep = 1 - self.drop_path
+            keep_scale = (torch.rand(x.shape[0], device=x.device) < keep).to(torch.float32) / keep
+        branch = self.bn1(self.conv1(x), relu=True)
+        branch = self.bn2(self.conv2(branch), relu=True)
+        branch, shortcut, bn = self.conv3(branch), self.shortcut(x), self.bn3
+        if not self.training or bn.momentum is None:
+            return squeeze_excite_residual(bn(branch), *self.se.weights(), shortcut, keep_scale)
+        return batch_norm_squeeze_excite_residual(
+            branch, *bn.counted(), *self.se.weights(), shortcut, keep_scale, bn.momentum, bn.eps
+        )
+
+
+class ResNetRS(nn.Module):
+    """A ResNet-RS. Build one with :func:`resnet_rs`."""
+
+    def __init__(
+        self,
+        blocks: Sequence[int],
+        num_classes: int,
+        *,
+        stem_width: int,
+        stem_stride: int,
+        stem_pool_stride: int,
+        width_multiplier: float,
+        se_ratio: float,
+        drop_path: Sequence[float],
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.stem = Stem(stem_width, stem_stride, stem_pool_stride)
+        channels, rates, stages = self.stem.out_channels, iter(drop_path), []
+        for stage, count in enumerate(blocks):
+            width = divisible(64 * 2**stage * width_multiplier)
+            layers = []
+            for block in range(count):
+                stride = 2 if block == 0 and stage > 0 else 1
+                layers.append(Bottleneck(channels, width, stride, se_ratio, next(rates)))
+                channels = width * EXPANSION
+            stages.append(nn.Sequential(*layers))
+        self.stages = nn.Sequential(*stages)
+        self.fc = nn.Linear(channels, num_classes)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, Bottleneck):
+                # The *last* batch norm, after which nothing but the sum follows: zeroing one that feeds a ReLU would
+                # leave both its output and its gradient at zero for ever.
+                nn.init.zeros_(module.bn3.weight)
+        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``: (N, 3, H, W), normalised. Returns logits (N, num_classes)."""
+        features = self.stages(self.stem(x)).mean(dim=(2, 3))
+        return self.fc(F.dropout(features, self.dropout, self.training))
+
+    def summary(self, image_size: tuple[int, int] = (32, 32)) -> Summary:
+        """Count the model at an input size, (height, width) in pixels. Runs on the meta device: no arithmetic."""
+        return summarise(self, image_size)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a model costs. ``str()`` gives it in one paragraph."""
+
+    parameters: int
+    parameter_tensors: int
+    multiply_adds: int  # of convolutions and matrix products, a forward pass of one image
+    activation_bytes: int  # float32 tensors that one image keeps for the backward pass
+    image_size: tuple[int, int]
+
+    def __str__(self) -> str:
+        height, width = self.image_size
+        return (
+            f"{self.parameters:,} parameters in {self.parameter_tensors} tensors; at {height}x{width} pixels "
+            f"{self.multiply_adds / 1e6:,.1f} M multiply-adds an image forward, "
+            f"{self.activation_bytes / 2**20:,.1f} MiB of float32 activations an image kept for the backward pass"
+        )
+
+
+def summarise(model: nn.Module, image_size: tuple[int, int]) -> Summary:
+    """See :meth:`ResNetRS.summary`."""
+    import copy
+
+    from torch.utils.flop_counter import FlopCounterMode
+
+    twin = copy.deepcopy(model).to("meta").train()
+    own = {p.untyped_storage()._cdata for p in [*twin.parameters(), *twin.buffers()]}
+    kept: dict[int, tuple[int, Tensor]] = {}  # storage -> bytes; the tensor is held so that its address is not reused
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = (storage.nbytes(), tensor)
+        return tensor
+
+    batch = 2  # batch norm refuses a single value a channel, which one image gives where its map is one pixel
+    images = torch.empty(batch, 3, *image_size, device="meta").to(memory_format=torch.channels_last)
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        twin(images)
+    parameters = list(model.parameters())
+    return Summary(
+        parameters=sum(p.numel() for p in parameters),
+        parameter_tensors=len(parameters),
+        multiply_adds=counter.get_total_flops() // 2 // batch,
+        activation_bytes=sum(nbytes for nbytes, _ in kept.values()) // batch,
+        image_size=image_size,
+    )
+
+
+def resnet_rs(
+    depth: int = 50,
+    num_classes: int = 10,
+    *,
+    blocks: Sequence[int] | None = None,
+    stem_width: int = 32,
+    stem_stride: int = 2,
+    stem_pool_stride: int = 2,
+    width_multiplier: float = 1.0,
+    se_ratio: float = 0.25,
+    drop_path: float = 0.0,
+    drop_path_rule: str = "tf",
+    dropout: float = 0.25,
+) -> ResNetRS:
+    """Build a ResNet-RS.
+
+    Args:
+        depth: one of :data:`DEPTHS`; ignored where ``blocks`` is given.
+        num_classes: outputs of the classifier.
+        blocks: blocks in each stage; the first stage keeps the resolution, each later one halves it.
+        stem_width: channels of the first two stem convolutions; the third and the strided one have twice as many.
+        stem_stride, stem_pool_stride: 1 or 2. At 32x32 pixels, 2 and 2 leave maps of 8, 4, 2 and 1 pixels a side.
+        width_multiplier: scales the widths of the stages, rounded to multiples of 8 (not the stem's).
+        se_ratio: hidden channels of squeeze-and-excite over a block's output channels, rounded to multiples of 8.
+        drop_path: rate of stochastic depth. ``drop_path_rule`` spreads it: ``"tf"`` as the authors' code does, constant
+            in a stage, ``drop_path * (i / 5)`` for i = 2 ... 5; ``"timm"``, growing linearly over the blocks from 0.
+        dropout: rate before the classifier.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it and the range.
+    """
+    if blocks is None:
+        if depth not in DEPTHS:
+            raise ValueError(f"depth: expected one of {', '.join(map(str, DEPTHS))}, or blocks=...; got {depth}")
+        blocks = DEPTHS[depth]
+    blocks = tuple(blocks)
+    _require(
+        len(blocks) >= 1 and all(int(b) == b and b >= 1 for b in blocks), "blocks", "one or more counts >= 1", blocks
+    )
+    _require(num_classes >= 1, "num_classes", "at least 1", num_classes)
+    _require(stem_width >= 1, "stem_width", "at least 1", stem_width)
+    _require(stem_stride in (1, 2), "stem_stride", "1 or 2", stem_stride)
+    _require(stem_pool_stride in (1, 2), "stem_pool_stride", "1 or 2", stem_pool_stride)
+    _require(width_multiplier > 0, "width_multiplier", "a positive number", width_multiplier)
+    _require(se_ratio > 0, "se_ratio", "a positive number", se_ratio)
+    _require(0 <= drop_path < 1, "drop_path", "a number in [0, 1)", drop_path)
+    _require(
+        drop_path_rule in DROP_PATH_RULES, "drop_path_rule", f"one of {', '.join(DROP_PATH_RULES)}", drop_path_rule
+    )
+    _require(0 <= dropout < 1, "dropout", "a number in [0, 1)", dropout)
+    return ResNetRS(
+        blocks,
+        num_classes,
+        stem_width=stem_width,
+        stem_stride=stem_stride,
+        stem_pool_stride=stem_pool_stride,
+        width_multiplier=width_multiplier,
+        se_ratio=se_ratio,
+        drop_path=drop_path_rates(blocks, drop_path, drop_path_rule),
+        dropout=dropout,
+    )
+
+
+def drop_path_rates(blocks: Sequence[int], rate: float, rule: str) -> list[float]:
+    """The stochastic-depth rate of every block, in order. See :func:`resnet_rs` for the rules."""
+    if rule == "tf":
+        return [rate * (stage + 2) / (len(blocks) + 1) for stage, count in enumerate(blocks) for _ in range(count)]
+    total = sum(blocks)
+    return [rate * i / max(total - 1, 1) for i in range(total)]
+
+
+def _require(holds: bool, name: str, expected: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}; got {got!r}")

@@ -1,0 +1,42 @@
+"""timm's names for the weights of a ResNet-RS, and ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+# timm's names on the left; the order matters only in that each name matches one row.
+_FROM_TIMM = (
+    (r"conv1\.(0|3|6)\.", lambda m: f"stem.conv{int(m[1]) // 3 + 1}."),
+    (r"conv1\.(1|4)\.", lambda m: f"stem.bn{int(m[1]) // 3 + 1}."),
+    (r"bn1\.", lambda m: "stem.bn3."),
+    (r"maxpool\.0\.", lambda m: "stem.pool_conv."),
+    (r"maxpool\.1\.", lambda m: "stem.pool_bn."),
+    (r"layer(\d)\.(\d+)\.downsample\.1\.", lambda m: f"stages.{int(m[1]) - 1}.{m[2]}.shortcut.conv."),
+    (r"layer(\d)\.(\d+)\.downsample\.2\.", lambda m: f"stages.{int(m[1]) - 1}.{m[2]}.shortcut.bn."),
+    (r"layer(\d)\.(\d+)\.se\.fc1\.", lambda m: f"stages.{int(m[1]) - 1}.{m[2]}.se.reduce."),
+    (r"layer(\d)\.(\d+)\.se\.fc2\.", lambda m: f"stages.{int(m[1]) - 1}.{m[2]}.se.expand."),
+    (r"layer(\d)\.(\d+)\.((?:conv|bn)\d)\.", lambda m: f"stages.{int(m[1]) - 1}.{m[2]}.{m[3]}."),
+    (r"fc\.", lambda m: "fc."),
+)
+
+
+def from_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a timm ``resnetrs*`` state dict to this family's names. Works for gradients keyed the same way too.
+
+    Raises:
+        ValueError: a name that no ``resnetrs*`` of timm has.
+    """
+    renamed = {}
+    for name, tensor in state_dict.items():
+        for pattern, replacement in _FROM_TIMM:
+            ours, found = re.subn(rf"^{pattern}", replacement, name)
+            if found:
+                # timm keeps the two linear maps of squeeze-and-excite as 1x1 convolutions.
+                renamed[ours] = tensor.flatten(1) if ".se." in ours and tensor.dim() == 4 else tensor
+                break
+        else:
+            raise ValueError(f"state_dict: {name!r} is not a parameter or buffer of timm's resnetrs models")
+    return renamed

@@ -1,0 +1,74 @@
+"""Checkpoints: everything a run needs to go on bit for bit, in one file, written atomically and checked when read."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rsengine.run.files import atomic_path
+
+FILE = "checkpoint.pt"
+BEST_FILE = "best.pt"
+_FORMAT = "rsengine-checkpoint"
+_VERSION = 1
+_KEYS = ("recipe", "versions", "dataset", "epoch", "batch", "seconds", "totals", "best", "step", "rng")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used. The message is one line with the remedy."""
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` (tensors, numbers, text, lists and dicts of them) to ``path``, atomically.
+
+    Raises:
+        CheckpointError: ``path`` holds something that is not a checkpoint of this program; it is left alone.
+    """
+    missing = [key for key in _KEYS if key not in state]
+    if missing:
+        raise ValueError(f"state: expected the keys {', '.join(_KEYS)}; missing {', '.join(missing)}")
+    if path.exists():
+        _read(path, mmap=True)
+    with atomic_path(path) as temporary:
+        torch.save({"format": _FORMAT, "version": _VERSION, **state}, temporary)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, unpickling tensors and plain values only.
+
+    Raises:
+        CheckpointError: there is none, or it is truncated, damaged, foreign or of another version.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no checkpoint there; start the run without --resume")
+    state = _read(path)
+    missing = [key for key in _KEYS if key not in state]
+    if missing:
+        raise CheckpointError(f"{path}: incomplete, it lacks {', '.join(missing)}; use another checkpoint")
+    return state
+
+
+def _read(path: Path, mmap: bool = False) -> dict[str, Any]:
+    try:
+        if not mmap:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load does not check the sums
+            if damaged is not None:
+                raise CheckpointError(f"{path}: damaged (checksum of {damaged}); use another checkpoint or remove it")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{path}: truncated or not a checkpoint ({reason[:120]}); use another checkpoint or move it out of the way"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of rsengine; move it out of the way or choose another --out")
+    if state.get("version") != _VERSION:
+        raise CheckpointError(f"{path}: checkpoint version {state.get('version')}, this program reads {_VERSION}")
+    return state

@@ -1,0 +1,91 @@
+"""What a run runs on: the machine, and the versions of the packages that decide its numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("torch", "torchvision", "triton", "ffcv", "numba", "numpy", "rsengine")
+
+
+def machine() -> dict[str, Any]:
+    """What the run runs on; nothing that names the host or its user.
+
+    Returns:
+        ``processor`` (model name), ``physical_cores`` (None where the system does not tell) and ``logical_cores``
+        (both: those this process may use), ``ram_gib`` (float, or None), ``gpus`` (list of names), ``os``, ``python``.
+        GPUs are listed only when torch has already been imported: this function never imports it.
+    """
+    cpus = _usable_cpus()
+    model, physical = _processor(cpus)
+    return {
+        "processor": model,
+        "physical_cores": physical,
+        "logical_cores": len(cpus),
+        "ram_gib": _ram_gib(),
+        "gpus": _gpus(),
+        "os": _system(),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Installed version of each package that decides a run's numbers; None for one that is not installed.
+
+    Read from package metadata: nothing is imported.
+    """
+    found: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _usable_cpus() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))
+
+
+def _processor(cpus: set[int]) -> tuple[str, int | None]:
+    """Model name, and the physical cores behind the logical ``cpus``."""
+    name = platform.processor() or platform.machine()
+    listing = Path("/proc/cpuinfo")
+    if not listing.exists():
+        return name, None
+    cores = set()
+    for block in listing.read_text(errors="replace").split("\n\n"):
+        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
+        name = fields.get("model name") or name
+        if fields.get("processor", "").isdigit() and int(fields["processor"]) in cpus and "core id" in fields:
+            cores.add((fields.get("physical id"), fields["core id"]))
+    return name, len(cores) or None
+
+
+def _ram_gib() -> float | None:
+    names = getattr(os, "sysconf_names", {})
+    if "SC_PHYS_PAGES" not in names or "SC_PAGE_SIZE" not in names:
+        return None
+    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+
+
+def _gpus() -> list[str]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _system() -> str:
+    name = f"{platform.system()} {platform.release()}"
+    if platform.system() == "Linux":
+        with contextlib.suppress(OSError):  # a Linux without /etc/os-release: the kernel's name is what there is
+            name = platform.freedesktop_os_release().get("PRETTY_NAME", name)
+    return f"{name}, {platform.machine()}"

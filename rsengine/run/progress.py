@@ -1,0 +1,96 @@
+"""What a person watching a run sees: a progress bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+QUIET_SECONDS = 30.0
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: ``42.3 s``, ``7 min 05 s``, ``3 h 00 min 09 s``."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min {rest:02d} s" if hours else f"{minutes} min {rest:02d} s"
+
+
+class Display:
+    """Progress of a run of ``total`` steps of ``batch_size`` images, with the time left.
+
+    Args:
+        done: steps done before this process.
+        say: prints one line.
+        work: what a step costs in each epoch, over what it costs in any other; nothing: the same in all.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        done: int,
+        epochs: int,
+        batch_size: int,
+        say: Callable[[str], None],
+        work: Sequence[float] = (),
+    ) -> None:
+        self.total, self.epochs, self.batch_size, self.say = total, epochs, batch_size, say
+        self.work = list(work) or [1.0] * epochs
+        self.varied = len(set(self.work)) > 1
+        # tqdm's estimate takes every step for as long as those before.
+        form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]" if self.varied else None
+        options = {"unit": "step", "desc": "train", "disable": None, "dynamic_ncols": True, "bar_format": form}
+        self.bar = tqdm(total=total, initial=done, **options)
+        self.spoken = time.perf_counter()
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def advance(self) -> None:
+        """One step is done."""
+        self.bar.update()
+
+    def interval(self, epoch: int, record: dict[str, Any]) -> None:
+        """``record``: of kind ``interval``, see :mod:`rsengine.run.log`. ``epoch``: the one under way, from 1."""
+        title = f"epoch {epoch}/{self.epochs}"
+        numbers = (
+            f"loss {record['train_loss']:.3f}, accuracy {record['train_accuracy']:.1%}, "
+            f"{record['images_per_second']:.0f} images/s"
+        )
+        left = duration(self.steps_left(record["step"]) * self.batch_size / record["images_per_second"])
+        if not self.bar.disable:
+            self.bar.set_description(title, refresh=False)
+            self.bar.set_postfix_str(numbers + f", about {left} left" * self.varied, refresh=False)
+        elif time.perf_counter() - self.spoken >= QUIET_SECONDS:
+            self.spoken = time.perf_counter()
+            self.say(f"{title}, step {record['step']}/{self.total}: {numbers}, about {left} of training left")
+
+    def steps_left(self, step: int) -> float:
+        """How many steps like the last one the rest of the run costs, ``step`` steps being done."""
+        each = self.total // self.epochs
+        epoch, within = divmod(step, each)
+        rest = sum(self.work[epoch:]) * each - (within * self.work[epoch] if within else 0.0)
+        return rest / self.work[(step - 1) // each]
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """``record``: of kind ``epoch``."""
+        ema = record["test_accuracy_ema"]
+        line = (
+            f"epoch {record['epoch']:>{len(str(self.epochs))}}/{self.epochs}: train loss {record['train_loss']:.4f}, "
+            f"accuracy {record['train_accuracy']:.2%}; test accuracy {record['test_accuracy']:.2%}"
+            + (f", EMA {ema:.2%}" if ema is not None else "")
+            + f"; {record['images_per_second']:.0f} images/s, {duration(record['seconds'])} so far"
+        )
+        self.line(line)
+
+    def line(self, line: str) -> None:
+        """Print ``line`` above the progress bar, if there is one."""
+        self.spoken = time.perf_counter()
+        if self.bar.disable:
+            self.say(line)
+        else:
+            self.bar.write(line)

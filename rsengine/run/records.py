@@ -1,0 +1,66 @@
+"""The pictures and the report of a run folder, drawn from what its run logged and found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rsengine.config import Recipe
+from rsengine.data import Dataset
+from rsengine.device import Execution
+from rsengine.engine.evaluation import Evaluation
+from rsengine.model import ResNetRS
+from rsengine.run import plots
+from rsengine.run.augmented import draw_augmented
+from rsengine.run.log import EPOCH, INTERVAL, RunLog
+from rsengine.run.report import write_report
+
+
+def write_records(
+    out: Path,
+    *,
+    recipe: Recipe,
+    dataset: Dataset,
+    execution: Execution,
+    model: ResNetRS,
+    result: Mapping[str, Evaluation],
+) -> None:
+    """Write ``curves.png``, ``augmented.png``, ``confusion.png`` and ``report.md`` into the run folder ``out``.
+
+    ``result``: of the last evaluation, by weights (``raw``, ``ema``); empty before the first.
+    """
+    log = RunLog(out)
+    title = f"{recipe.name} on {dataset.name}"
+    plots.curves(log.records(EPOCH), log.records(INTERVAL), out / "curves.png", title=title)
+    seed = recipe.train.seed
+    draw_augmented(dataset, recipe.augment, out / "augmented.png", title=f"{title}: augmentation", seed=seed)
+    weights = "ema" if "ema" in result else "raw"
+    matrix = result[weights].confusion if result else None
+    if matrix is not None:
+        plots.confusion(matrix, out / "confusion.png", classes=dataset.classes, title=f"{title}, {weights} weights")
+    write_report(
+        out,
+        recipe_toml=recipe.to_toml(),
+        title=title,
+        dataset_line=_dataset_line(dataset),
+        model_lines=[
+            f"ResNet-RS, blocks {[len(stage) for stage in model.stages]}: {model.summary(dataset.image_size)}"
+        ],
+        confusion=matrix,
+        classes=dataset.classes,
+        notes=[
+            f"{execution.reason}; {execution.threads} threads",
+            "The losses of training and test are both with the recipe's label smoothing",
+            f"Again: `python -m rsengine.train --recipe recipe.toml --data SOURCE`, with this folder's `recipe.toml` "
+            f"and a source whose sha256 is `{dataset.checksum}`",
+        ],
+        planned_epochs=recipe.train.epochs,
+    )
+
+
+def _dataset_line(dataset: Dataset) -> str:
+    height, width = dataset.image_size
+    return (
+        f"{dataset.name} ({dataset.source}), {dataset.train_count:,} training and {dataset.test_count:,} test images "
+        f"of {height}×{width} pixels in {len(dataset.classes)} classes"
+    )

@@ -1,0 +1,349 @@
+"""``report.md``: what a run was, what came out and on what machine, written from the run folder's own records."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rsengine.run.files import write_atomically
+from rsengine.run.log import EPOCH, INTERVAL, METRICS_FILE, START, RunLog
+from rsengine.run.machine import machine, versions
+from rsengine.run.progress import duration
+
+REPORT_FILE = "report.md"
+
+# File name, and the text for a reader who cannot see the picture.
+_PICTURES = {
+    "curves.png": "Loss, accuracy and learning rate against epochs",
+    "confusion.png": "Confusion matrix of the test set, in percent of each true class",
+    "augmented.png": "Training images before and after augmentation",
+}
+_TABLE_ROWS = 42  # about 40; two more let 200 epochs be shown as 1, 5, 10, …, 200
+_NONE = "–"
+
+
+def write_report(
+    folder: Path,
+    *,
+    recipe_toml: str,
+    title: str,
+    dataset_line: str,
+    model_lines: Sequence[str],
+    confusion: np.ndarray | None,
+    classes: Sequence[str],
+    notes: Sequence[str],
+    planned_epochs: int,
+) -> Path:
+    """Write ``report.md`` into a run folder, replacing an older one atomically.
+
+    Numbers come from the folder's ``metrics.jsonl``. Pictures are linked when their files are there (``curves.png``,
+    ``confusion.png``, ``augmented.png``), so draw them first. Machine and versions are those that the last ``start``
+    record holds; where it holds none, those of the process that calls this, and the report says so.
+
+    Args:
+        folder: the run folder.
+        recipe_toml: the complete recipe, printed as it is.
+        title: the heading.
+        dataset_line: one line of Markdown: name, image counts, image size, classes.
+        model_lines: lines of Markdown about the model, e.g. name, parameters, multiply-adds.
+        confusion: (C, C) counts, row = true class, column = prediction, of the whole test set; or None.
+        classes: the C class names; not read when ``confusion`` is None.
+        notes: lines of Markdown, e.g. the exact command that repeats the run.
+        planned_epochs: epochs the recipe asks for; with fewer done, the report calls the run unfinished.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        FileNotFoundError: the folder has no ``metrics.jsonl``.
+        ValueError: that file is damaged, ``confusion`` is not (C, C) counts >= 0, or ``classes`` are not C names.
+    """
+    log = RunLog(folder)
+    if not log.path.exists():
+        raise FileNotFoundError(f"{log.path}: a report needs the run's log")
+    matrix = None if confusion is None else _checked(confusion, classes)
+    starts, intervals, epochs = (log.records(kind) for kind in (START, INTERVAL, EPOCH))
+
+    parts = [f"# {_plain(title)}"]
+    done = max((record["epoch"] for record in epochs), default=0)
+    if done < planned_epochs:
+        parts.append(
+            f"> **Unfinished run:** {done} of {planned_epochs} planned epochs are done. "
+            "What follows is how far it came, not the recipe's result."
+        )
+    parts.append(_headline(starts, intervals, epochs, matrix, done, planned_epochs))
+    parts += ["## Data and model", _bullets([dataset_line, *model_lines])]
+    if notes:
+        parts += ["## Notes", _bullets(notes)]
+    if epochs:
+        parts += ["## Training", *_picture(folder, "curves.png"), *_epoch_table(epochs)]
+    elif _picture(folder, "curves.png"):
+        parts += ["## Training", *_picture(folder, "curves.png")]
+    if matrix is not None or _picture(folder, "confusion.png"):
+        parts += ["## Classes", *_picture(folder, "confusion.png")]
+        if matrix is not None:
+            parts += [*_class_tables(matrix, classes), *_confusions(matrix, classes)]
+    if _picture(folder, "augmented.png"):
+        parts += ["## What the network is shown", *_picture(folder, "augmented.png")]
+    parts += ["## Recipe", _fenced(recipe_toml, "toml")]
+    parts += ["## Machine and versions", *_machine_table(starts)]
+
+    path = Path(folder) / REPORT_FILE
+    write_atomically(path, ("\n\n".join(parts) + "\n").encode())
+    return path
+
+
+def _headline(
+    starts: list[dict[str, Any]],
+    intervals: list[dict[str, Any]],
+    epochs: list[dict[str, Any]],
+    matrix: np.ndarray | None,
+    done: int,
+    planned: int,
+) -> str:
+    rows: list[tuple[str, str]] = []
+    optimistic = False
+    for name, field in (("EMA weights", "test_accuracy_ema"), ("raw weights", "test_accuracy")):
+        tested = [record for record in epochs if _number(record.get(field)) is not None]
+        if not tested:
+            rows.append((f"Test accuracy, {name}", "not evaluated"))
+            continue
+        # The last epoch is the result, because nothing about the test set had a part in choosing it.
+        last, best = tested[-1], max(tested, key=lambda record: record[field])
+        rows.append((f"**Test accuracy, {name}**", f"**{_percent(last[field])}** after epoch {last['epoch']}"))
+        rows.append((f"Best test accuracy, {name}", f"{_percent(best[field])} after epoch {best['epoch']} ¹"))
+        optimistic = True
+    rows.append(("Epochs", f"{done} of {planned} planned"))
+    rows += _speed_rows(starts, intervals, epochs)
+
+    table = _table(("Result", ""), rows)
+    lines = []
+    if optimistic:
+        lines.append(
+            "¹ The best epoch was chosen by its test accuracy, so that number is optimistic; "
+            "the result of this run is the last epoch's."
+        )
+    final = _final(epochs, "test_accuracy_ema")
+    if final is None:
+        final = _final(epochs, "test_accuracy")
+    images = 0 if matrix is None else int(matrix.sum())
+    sampling = ""
+    if final is not None and images:
+        error = 100 * math.sqrt(final * (1 - final) / images)
+        sampling = f" The {images:,} test images alone leave a standard error of {error:.2f} percentage points."
+    if epochs:
+        lines.append(f"One run, n = 1: no spread over seeds is measured here.{sampling}")
+    return "\n\n".join([table, *lines])
+
+
+def _speed_rows(
+    starts: list[dict[str, Any]], intervals: list[dict[str, Any]], epochs: list[dict[str, Any]]
+) -> list[tuple[str, str]]:
+    rows = []
+    seconds = _number(epochs[-1].get("seconds")) if epochs else None
+    if seconds is not None:
+        evaluation = [_number(record.get("eval_seconds")) for record in epochs]
+        known = [value for value in evaluation if value is not None]
+        of_which = f", of which evaluation {duration(sum(known))}" if known and len(known) == len(epochs) else ""
+        rows.append(("Training time", f"{duration(seconds)}{of_which}"))
+    for records, unit in ((intervals, "log interval"), (epochs, "epoch")):
+        rates = [rate for rate in (_number(record.get("images_per_second")) for record in records) if rate is not None]
+        if rates:
+            of = f"{len(rates)} {unit}{'' if len(rates) == 1 else 's'}"
+            rows.append(("Images per second", f"{_count(statistics.median(rates))}, median of {of}"))
+            break
+    first = [_number(record.get("time_to_first_step")) for record in starts]
+    waits = [f"{value:.1f} s" if value is not None else _NONE for value in first]
+    if waits:
+        rows.append(("Time to first step", waits[0] + (f"; on resuming {', '.join(waits[1:])}" if waits[1:] else "")))
+    resumed = [record for record in starts if record.get("resumed")]
+    if resumed:
+        times = "once" if len(resumed) == 1 else f"{len(resumed)} times"
+        at = ", ".join(f"{record['step']:,}" for record in resumed)
+        rows.append(("Resumed", f"{times}, at step {at}"))
+    elif starts:
+        rows.append(("Resumed", "no"))
+    if starts:
+        last = starts[-1]
+        setting = [str(last[field]) for field in ("device", "precision") if last.get(field)]
+        if last.get("threads"):
+            setting.append(f"{last['threads']} threads")
+        if setting:
+            rows.append(("Ran on", ", ".join(setting)))
+    return rows
+
+
+def _epoch_table(epochs: list[dict[str, Any]]) -> list[str]:
+    shown, stride = _thinned(epochs)
+    columns = [
+        ("Epoch", lambda r: str(r["epoch"])),
+        ("Train loss", lambda r: _fixed(r.get("train_loss"), 4)),
+        ("Train acc.", lambda r: _percent(r.get("train_accuracy"))),
+        ("Test loss", lambda r: _fixed(r.get("test_loss"), 4)),
+        ("Test acc.", lambda r: _percent(r.get("test_accuracy"))),
+        ("Test loss, EMA", lambda r: _fixed(r.get("test_loss_ema"), 4)),
+        ("Test acc., EMA", lambda r: _percent(r.get("test_accuracy_ema"))),
+        ("Learning rate", lambda r: _significant(r.get("learning_rate"))),
+        ("Images/s", lambda r: _count(r.get("images_per_second"))),
+        ("Seconds", lambda r: _fixed(r.get("seconds"), 1)),
+    ]
+    rows = [tuple(cell(record) for _, cell in columns) for record in shown]
+    table = _table([name for name, _ in columns], rows, align="right")
+    if stride == 1:
+        return [table]
+    return [
+        f"{len(shown)} of {len(epochs)} epochs: every {stride}th, the first and the last. "
+        f"`{METRICS_FILE}` has them all.",
+        table,
+    ]
+
+
+def _thinned(epochs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """At most `_TABLE_ROWS` records: the first, the last and every ``stride``-th epoch between; and the stride."""
+    if len(epochs) <= _TABLE_ROWS:
+        return epochs, 1
+    # Round strides, so that the epochs shown are 5, 10, 15 and not 7, 14, 21; 2 and 3 would read "2th" and "3th".
+    strides = (step * 10**power for power in range(9) for step in (4, 5, 10, 20, 25))
+    for stride in sorted(set(strides)):
+        last = len(epochs) - 1
+        shown = [r for i, r in enumerate(epochs) if i in (0, last) or r["epoch"] % stride == 0]
+        if len(shown) <= _TABLE_ROWS:
+            return shown, stride
+    raise AssertionError("a stride beyond the number of epochs leaves two rows")
+
+
+def _class_tables(matrix: np.ndarray, classes: Sequence[str]) -> list[str]:
+    totals = matrix.sum(axis=1)
+    right = np.diagonal(matrix)
+    rows = [
+        (_plain(name), _percent(right[i] / totals[i]) if totals[i] else _NONE, _count(totals[i]))
+        for i, name in enumerate(classes)
+    ]
+    head = ("Class", "Accuracy", "Test images")
+    images = int(totals.sum())
+    overall = f" Over all {images:,} test images: {_percent(right.sum() / images)}." if images else ""
+    if len(rows) <= 20:
+        return [f"Accuracy of each class.{overall}", _table(head, rows, align="right")]
+    tested = [i for i in range(len(rows)) if totals[i]]
+    weakest = sorted(tested, key=lambda i: right[i] / totals[i])[:10]
+    return [
+        f"The ten classes with the lowest accuracy.{overall}",
+        _table(head, [rows[i] for i in weakest], align="right"),
+        f"<details><summary>All {len(rows)} classes</summary>",
+        _table(head, rows, align="right"),
+        "</details>",
+    ]
+
+
+def _confusions(matrix: np.ndarray, classes: Sequence[str]) -> list[str]:
+    wrong = matrix.copy()
+    np.fill_diagonal(wrong, 0)
+    # Stable, so that equal counts stay in the order of the classes.
+    order = np.argsort(-wrong, axis=None, kind="stable")[:5]
+    rows = []
+    for true, predicted in zip(*np.unravel_index(order, wrong.shape), strict=True):
+        count = wrong[true, predicted]
+        if count:
+            share = _percent(count / matrix[true].sum())
+            rows.append((_plain(classes[true]), _plain(classes[predicted]), _count(count), share))
+    if not rows:
+        return ["No test image was misclassified."]
+    head = ("True class", "Predicted as", "Images", "Of the true class")
+    return ["The most frequent confusions.", _table(head, rows, align="right", left=2)]
+
+
+def _machine_table(starts: list[dict[str, Any]]) -> list[str]:
+    recorded = starts[-1] if starts else {}
+    parts = []
+    if "machine" not in recorded or "versions" not in recorded:
+        parts.append("Those of the process that wrote this report: the log does not hold the run's own.")
+    here = recorded.get("machine") or machine()
+    packages = recorded.get("versions") or versions()
+
+    rows = [("Processor", _known(here.get("processor")))]
+    physical, logical = here.get("physical_cores"), here.get("logical_cores")
+    cores = f"{_known(logical)} logical" + (f" on {physical} physical" if physical else "")
+    rows.append(("Cores usable", cores))
+    ram = here.get("ram_gib")
+    rows.append(("Memory", f"{ram:.1f} GiB" if ram is not None else _NONE))
+    rows.append(("GPU", ", ".join(here.get("gpus") or []) or "none"))
+    rows += [("System", _known(here.get("os"))), ("Python", _known(here.get("python")))]
+    rows += [(name, version or "not installed") for name, version in packages.items()]
+    return [*parts, _table(("", ""), [(name, _plain(value)) for name, value in rows])]
+
+
+def _checked(confusion: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    matrix = np.asarray(confusion)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
+        raise ValueError(f"confusion: expected (C, C) with C >= 1, got shape {matrix.shape}")
+    if not np.issubdtype(matrix.dtype, np.integer) or (matrix < 0).any():
+        raise ValueError(f"confusion: expected integer counts >= 0, got {matrix.dtype} from {matrix.min()}")
+    if len(classes) != len(matrix):
+        raise ValueError(f"classes: expected {len(matrix)} names for the confusion matrix, got {len(classes)}")
+    return matrix.astype(np.int64)
+
+
+def _picture(folder: Path, name: str) -> list[str]:
+    return [f"![{_PICTURES[name]}]({name})"] if (Path(folder) / name).is_file() else []
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, align: str = "left", left: int = 1) -> str:
+    """A Markdown table; with ``align="right"`` all but the first ``left`` columns hold numbers."""
+    rule = ["---:" if align == "right" and column >= left else "---" for column in range(len(head))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join("- " + " ".join(line.split()) for line in lines)
+
+
+def _fenced(text: str, language: str) -> str:
+    # Longer than any run of backticks inside, or the block would end there.
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.strip(chr(10))}\n{fence}"
+
+
+def _plain(words: Any) -> str:
+    """Text that Markdown prints as it is, on one line and in one table cell."""
+    return re.sub(r"([\\`*<\[|])", r"\\\1", " ".join(str(words).split()))
+
+
+def _final(epochs: list[dict[str, Any]], field: str) -> float | None:
+    return next((v for v in (_number(record.get(field)) for record in reversed(epochs)) if v is not None), None)
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _known(value: Any) -> str:
+    return _NONE if value is None or value == "" else str(value)
+
+
+def _percent(fraction: Any) -> str:
+    number = _number(fraction)
+    return _NONE if number is None else f"{100 * number:.2f} %"
+
+
+def _fixed(value: Any, digits: int) -> str:
+    number = _number(value)
+    return _NONE if number is None else f"{number:,.{digits}f}"
+
+
+def _significant(value: Any) -> str:
+    number = _number(value)
+    return _NONE if number is None else f"{number:.4g}"
+
+
+def _count(value: Any) -> str:
+    """A count or a rate, in three significant digits or more: ``1,234``, ``12.3``."""
+    number = _number(value)
+    if number is None:
+        return _NONE
+    return f"{number:,.0f}" if number >= 100 or number == int(number) else f"{number:.3g}"

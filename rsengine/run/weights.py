@@ -1,0 +1,91 @@
+"""``weights.safetensors``: a trained network in one file, with all that is needed to use it.
+
+The tensors are the network's state dict. The metadata holds the recipe, the classes, and the preprocessing, so that a
+prediction sees pixels exactly as training did.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from rsengine.config import Recipe, RecipeError
+from rsengine.engine.build import build_model
+from rsengine.model import ResNetRS
+from rsengine.run.files import write_atomically
+
+FILE = "weights.safetensors"
+_FORMAT = "rsengine-weights-1"
+
+
+class WeightsError(RuntimeError):
+    """Weights that cannot be used. The message is one line with the remedy."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A trained network and how to feed it."""
+
+    model: ResNetRS  # in evaluation mode
+    recipe: Recipe
+    classes: tuple[str, ...]
+    image_size: tuple[int, int]  # height, width
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def save_weights(folder: Path, model: nn.Module, recipe: Recipe, dataset: object) -> Path:
+    """Write ``weights.safetensors`` into ``folder``, atomically. ``dataset``: a :class:`rsengine.data.Dataset`."""
+    from safetensors.torch import save
+
+    metadata = {
+        "format": _FORMAT,
+        "recipe": recipe.to_toml(),
+        "classes": json.dumps(list(dataset.classes)),
+        "image_size": json.dumps(list(dataset.image_size)),
+        "mean": json.dumps(list(dataset.mean)),
+        "std": json.dumps(list(dataset.std)),
+    }
+    path = Path(folder) / FILE
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(path, save(state, metadata))
+    return path
+
+
+def load_weights(path: str | Path) -> Weights:
+    """Read what :func:`save_weights` wrote; ``path`` is the file or its run folder. Raises :class:`WeightsError`."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if path.is_dir():
+        path = path / FILE
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; give a run folder whose training has finished an epoch")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: damaged or not a safetensors file ({error})") from error
+    if metadata.get("format") != _FORMAT:
+        raise WeightsError(f"{path}: not written by rsengine (its metadata has no format {_FORMAT})")
+    try:
+        recipe = Recipe.from_toml(metadata["recipe"], str(path))
+        classes = tuple(json.loads(metadata["classes"]))
+        model = build_model(recipe, len(classes))
+        model.load_state_dict(state)
+        return Weights(
+            model.eval(),
+            recipe,
+            classes,
+            tuple(json.loads(metadata["image_size"])),
+            tuple(json.loads(metadata["mean"])),
+            tuple(json.loads(metadata["std"])),
+        )
+    except (KeyError, ValueError, RuntimeError, RecipeError) as error:
+        raise WeightsError(
+            f"{path}: its metadata and tensors do not fit together ({str(error).splitlines()[0]})"
+        ) from error

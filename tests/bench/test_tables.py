@@ -1,0 +1,163 @@
+"""The tables that benchmarks write, from made-up measurements."""
+
+import contextlib
+import signal
+import sys
+
+import pytest
+
+from bench.baselines import Case
+from bench.contender import OURS, Apart
+from bench.scaling import H100_BYTES, H100_FLOPS, Point, measure, predicted, text
+from bench.speedrun import run as speedrun
+from bench.speedrun import table as attempts
+from bench.train_step_table import table
+from rsengine.config import Recipe
+from rsengine.run.log import RunLog
+
+FOUND = {
+    "images_per_second": 200.0,
+    "peak_bytes": 3 * 2**29,
+    "start_seconds": 2.5,
+    "multiply_adds": 1e8,
+    "activation_bytes": 0.0,
+    "parameters": 0,
+}
+
+
+def test_a_row_of_growth_and_a_row_that_failed():
+    written = text({"depth": [(Point(depth=26), FOUND), (Point(depth=420), {"failed": "more than 9 s"})]})
+    assert "| 26 | 200.0 | 120 | 1.50 | 2.5 |" in written
+    assert "| 420 | more than 9 s | | | |" in written
+    assert "predicted, not measured" in written and written.count("| 420 |") == 1
+
+
+def test_the_prediction_is_the_slower_of_arithmetic_and_memory():
+    rate, bound = predicted(FOUND, batch=10)
+    assert bound == "arithmetic" and rate == pytest.approx(H100_FLOPS / 6e8)
+    rate, bound = predicted(FOUND | {"activation_bytes": 2e9}, batch=10)
+    assert bound == "memory" and rate == pytest.approx(H100_BYTES / 3e9)
+
+
+def test_a_point_is_measured_in_its_own_processes_and_a_slow_one_is_said():
+    found = measure(Point(depth=26, batch=2, processes=2, threads=1), 120)
+    assert found["images_per_second"] > 0 and found["peak_bytes"] > 2 * 2**27 and found["start_seconds"] > 0
+    assert measure(Point(depth=26, batch=2), 0.1) == {"failed": "more than 0 s"}
+    assert "failed" in measure(Point(depth=27), 60)
+
+
+def test_a_contender_steps_in_its_own_process_and_says_that_it_ended():
+    case = Case(26, stem_width=8, stem_stride=2, size=32, batch=2)
+    with contextlib.closing(Apart(OURS, case)) as ours:
+        assert ours.step() > 0
+        ours.process.kill()
+        with pytest.raises(RuntimeError, match="rsengine: its process ended"):
+            ours.step()
+
+
+def test_steps_side_by_side():
+    rows = {
+        "rsengine": dict.fromkeys(("images/s", "first_step_s"), 400.0)
+        | {"of_bf16_matmul": 0.5, "rsengine_is_times_faster": [1.0, 1.0, 1.0]},
+        "peer": dict.fromkeys(("images/s", "first_step_s"), 100.0)
+        | {"of_bf16_matmul": 0.125, "rsengine_is_times_faster": [3.5, 4.0, 4.5]},
+    }
+    info = {
+        "case": "RS-50",
+        "multiply_adds": 1e8,
+        "bf16_matmul_GFLOP/s": 400.0,
+        "rounds": 9,
+        "threads": 2,
+        "versions": {"torch": "2"},
+        "rows": rows,
+    }
+    machine = {"cpu": {"brand_raw": "A processor"}}
+    results = {
+        "benchmarks": [{"extra_info": info}, {"extra_info": {}}],
+        "machine_info": machine,
+        "datetime": "2026-11-24T",
+    }
+    written = table(results)
+    assert "A processor, 2 threads; torch 2." in written and "## RS-50" in written
+    assert "| peer | 100.0 | 12.5% | 4.0x (3.5 to 4.5) | 100.0 |" in written
+    assert "| rsengine | 400.0 | 50.0% |  | 400.0 |" in written
+
+
+def test_attempts_of_a_speedrun(tmp_path):
+    epochs = [
+        {"kind": "epoch", "step": n, "epoch": n, "seconds": 240.0 * n, "epoch_seconds": 230.0, "eval_seconds": 10.0}
+        | {"images_per_second": 200.0, "test_accuracy": 0.1 * n, "test_accuracy_ema": 0.1 * n + 0.05}
+        for n in (1, 2, 3)
+    ]
+    for record in epochs:
+        RunLog(tmp_path).append(record)
+    recipe = Recipe().with_settings(["optimizer.name=muon", "model.blocks=[1, 2]", "train.batch_size=64"])
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
+    attempt = attempts.read(tmp_path)
+    assert attempt.recipe == recipe and attempt.epochs == epochs
+    # Evaluations at 4, 8 and 12 minutes; at 20 the run has been over for longer than an epoch.
+    assert [attempt.after(m) for m in (3, 5, 10, 15, 20)] == [None, pytest.approx(0.15), pytest.approx(0.25)] + [
+        pytest.approx(0.35),
+        None,
+    ]
+    written = attempts.text([], [attempt])
+    assert "No run is kept yet." in written
+    assert (
+        "| blocks [1, 2], width 1, stem 32, strides 2 and 2 | Muon 0.1, 0.9; SGD 0.1 | 64 | 3 | 12.0 | 11.5 | 200 |"
+        in written
+    )
+    assert f"| {tmp_path.name} | 15.00% | 25.00% |  |  |  |" in written
+    attempts.draw([attempt], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_seeds_of_a_recipe_are_summed_up():
+    def run(name, accuracy):
+        record = {"epoch": 1, "seconds": 700.0, "epoch_seconds": 600.0, "eval_seconds": 100.0, "images_per_second": 9.0}
+        return attempts.Attempt(name, None, [record | {"test_accuracy": accuracy, "test_accuracy_ema": accuracy}])
+
+    written = attempts.text([run("fast-seed0", 0.91), run("fast-seed1", 0.93), run("other", 0.5)], [run("a", 0.4)])
+    assert "**fast**, 2 seeds: mean 92.00%, standard deviation 1.41%, in 10.0 minutes of training each." in written
+    assert "**other**" not in written
+
+
+def test_the_kept_attempts_make_the_document():
+    written = attempts.text(attempts.kept(attempts.TEST_SET), attempts.kept(attempts.ATTEMPTS))
+    assert attempts.DOCUMENT.read_text(encoding="utf-8").endswith(written)
+
+
+QUIET = """
+import json, sys, time
+with open("metrics.jsonl", "a") as file:
+    print(json.dumps({"kind": "interval", "step": 1, "seconds": 50}), file=file)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_a_run_is_stopped_when_its_time_is_up_and_a_finished_one_is_not_run_again(tmp_path):
+    """A stand-in for a run: it says that it has trained for 50 seconds, and waits to be stopped."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job of a shell
+    try:
+        assert speedrun.run([sys.executable, "-c", QUIET], tmp_path, seconds=40.0, poll=0.05, cwd=tmp_path) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert speedrun.seconds_of(tmp_path) == 50
+    fails = [sys.executable, "-c", "import sys; sys.exit(3)"]
+    assert speedrun.run(fails, tmp_path, seconds=40.0, poll=0.05, cwd=tmp_path) == 0  # its time is up: not started
+    assert speedrun.run(fails, tmp_path, seconds=60.0, poll=0.05, cwd=tmp_path) == 3
+
+
+def test_the_speedruns_commands_are_those_of_the_entry_points(tmp_path):
+    commands = speedrun.commands(tmp_path, "data", (0, 1))
+    assert set(speedrun.PEERS) < commands.keys()  # a misspelt one would never be stopped
+    assert list(commands) == ["speedrun-seed0", "speedrun-seed1", "timm-resnetrs50", "report-4", "speedrun-94"]
+    assert commands["speedrun-seed1"][1:] == [
+        *("-m", "rsengine.train", "--data", "data", "--out", str(tmp_path / "speedrun-seed1")),
+        *("--recipe", "speedrun", "--seed", "1"),
+    ]
+    (tmp_path / "report-4").mkdir()
+    (tmp_path / "report-4" / "checkpoint.pt").touch()
+    assert speedrun.commands(tmp_path, None, ())["report-4"][3:] == ["--out", str(tmp_path / "report-4"), "--resume"]

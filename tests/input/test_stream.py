@@ -1,0 +1,104 @@
+"""Batches from a .beton: right, reproducible from any point, with FFCV's traps closed."""
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from rsengine.augment import HorizontalFlip, RandomCrop, SeededOperation
+from rsengine.data.beton.reader import BetonReader
+from rsengine.errors import LoaderError
+from rsengine.input.stream import BetonLoader
+
+
+def collect(loader, *arguments, **options):
+    batches = list(loader.epoch(*arguments, **options))
+    return [b[0] for b in batches], [b[1] for b in batches]
+
+
+def test_in_order_it_gives_every_image_of_the_file_and_the_last_partial_batch(toy_dataset):
+    images, labels = collect(BetonLoader(toy_dataset.test_beton, 10))
+    assert [len(x) for x in images] == [10, 10, 1]
+    reader = BetonReader(toy_dataset.test_beton)
+    assert (torch.cat(labels).numpy() == reader.labels).all()
+    assert (torch.cat(images).numpy() == np.stack([reader.image(i) for i in range(21)])).all()
+    assert images[0].dtype == torch.uint8 and images[0].shape == (10, 32, 32, 3) and labels[0].dtype == torch.int64
+
+
+def training_loader(dataset, seed=0):
+    operations = [RandomCrop(4, seed=seed), HorizontalFlip(seed=seed)]
+    return BetonLoader(dataset.train_beton, 16, augmentations=operations, shuffle=True, drop_last=True, seed=seed)
+
+
+def test_the_same_seed_gives_the_same_epochs_and_another_seed_others(toy_dataset):
+    first, second = training_loader(toy_dataset), training_loader(toy_dataset)
+    assert len(first) == 9
+    one = [torch.cat(collect(first, epoch)[0]) for epoch in (0, 1)]
+    two = [torch.cat(collect(second, epoch)[0]) for epoch in (0, 1)]
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert not torch.equal(one[0], one[1])
+    assert not torch.equal(one[0], torch.cat(collect(training_loader(toy_dataset, seed=1), 0)[0]))
+
+
+def test_an_epoch_can_begin_in_the_middle(toy_dataset):
+    loader = training_loader(toy_dataset)
+    whole, rest = collect(loader, 3), collect(loader, 3, start=5)
+    assert len(rest[0]) == 4
+    for a, b in zip(whole[0][5:] + whole[1][5:], rest[0] + rest[1], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_epoch_has_no_image_twice(toy_dataset):
+    plain = BetonLoader(toy_dataset.train_beton, 16, shuffle=True, drop_last=True)
+    images = torch.cat(collect(plain, 0)[0])
+    assert len({bytes(image.numpy().tobytes()) for image in images}) == 144
+
+
+def test_batches_stay_what_they_were(toy_dataset):
+    """FFCV hands out views of a ring of five buffers."""
+    loader = BetonLoader(toy_dataset.train_beton, 8)
+    kept = []
+    for images, _ in loader.epoch():
+        kept.append((images, images.clone()))
+    assert len(kept) == 19 and all(torch.equal(a, b) for a, b in kept)
+
+
+def test_torch_keeps_its_threads_and_ffcv_none(toy_dataset):
+    before, running = torch.get_num_threads(), threading.active_count()
+    torch.set_num_threads(2)
+    try:
+        loader = training_loader(toy_dataset)
+        iterator = loader.epoch()
+        next(iterator)
+        assert torch.get_num_threads() == 2
+        iterator.close()  # leaving early
+        assert threading.active_count() == running
+        list(loader.epoch(1))
+        assert torch.get_num_threads() == 2 and threading.active_count() == running
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_importing_the_loader_leaves_torchs_threads_alone():
+    code = "import torch; torch.set_num_threads(2); import rsengine.input.stream; assert torch.get_num_threads() == 2"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Broken(SeededOperation):
+    def apply(self, images, destination, indices):
+        raise RuntimeError("this operation is broken on purpose")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dying_pipeline_is_an_error_and_not_an_endless_wait(toy_dataset):
+    loader = BetonLoader(toy_dataset.train_beton, 16, augmentations=[Broken()])
+    with pytest.raises(LoaderError, match="ended early"):
+        list(loader.epoch())
+
+
+def test_fewer_images_than_a_batch_is_an_error(toy_dataset):
+    with pytest.raises(LoaderError, match="150 images do not fill one batch of 200"):
+        BetonLoader(toy_dataset.train_beton, 200, drop_last=True)

@@ -1,0 +1,31 @@
+"""The time left of a run, as a person watching is told it."""
+
+import contextlib
+
+from rsengine.run import progress as display_module
+from rsengine.run.progress import Display
+
+RECORD = {"train_loss": 1.0, "train_accuracy": 0.5, "images_per_second": 100.0}
+
+
+def left(step, monkeypatch, **options):
+    """What is said after ``step`` steps of 30 in 3 epochs, of 100 images each: a second a step like the last one."""
+    said = []
+    monkeypatch.setattr(display_module, "QUIET_SECONDS", 0.0)
+    with contextlib.closing(Display(30, 0, 3, 100, said.append, **options)) as display:
+        display.interval(1, RECORD | {"step": step})
+    return said[0].split("about ")[1]
+
+
+def test_every_step_costs_the_same_unless_said_otherwise(monkeypatch):
+    assert left(10, monkeypatch) == "20.0 s of training left"
+    assert left(30, monkeypatch) == "0.0 s of training left"
+
+
+def test_epochs_of_small_images_cost_less(monkeypatch):
+    work = [0.25, 0.5, 1.0]
+    # In steps like those of the first epoch: 5 of its own, 10 that cost twice as much, 10 that cost four times.
+    assert left(5, monkeypatch, work=work) == "1 min 05 s of training left"
+    assert left(10, monkeypatch, work=work) == "1 min 00 s of training left"
+    assert left(15, monkeypatch, work=work) == "25.0 s of training left"
+    assert left(30, monkeypatch, work=work) == "0.0 s of training left"
