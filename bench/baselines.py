@@ -19,11 +19,10 @@ from torchvision import transforms
 
 from bench.measure import seconds
 from rsengine.config import Recipe
-from rsengine.device import choose_execution
-from rsengine.engine.build import build_model
+from rsengine.device import choose_execution, keep_freed_memory
+from rsengine.engine.build import build_step
 from rsengine.engine.step import TrainStep
 from rsengine.model import DEPTHS, resnet_rs
-from rsengine.model.preprocess import Preprocess
 
 CLASSES = 10
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -70,7 +69,8 @@ def recipe_of(case: Case) -> Recipe:
 def rsengine_step(case: Case) -> tuple[Callable[[], None], TrainStep]:
     """rsengine as a user gets it by default: uint8 pixels in, precision and layout chosen by the engine."""
     recipe = recipe_of(case)
-    step = TrainStep(build_model(recipe, CLASSES), recipe, Preprocess(MEAN, STD), choose_execution("cpu"), 1000)
+    keep_freed_memory()  # as the training command does
+    step = build_step(recipe, CLASSES, MEAN, STD, choose_execution("cpu"), 1000)
     images, labels = case.pixels(), case.labels()
     return lambda: step(images, labels), step
 

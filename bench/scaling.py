@@ -61,15 +61,13 @@ def measure_here(point: Point) -> dict[str, float]:
     if point.threads:
         torch.set_num_threads(point.threads)
     from rsengine.config import Recipe
-    from rsengine.device import choose_execution
-    from rsengine.engine.build import build_model
-    from rsengine.engine.step import TrainStep
-    from rsengine.model.preprocess import Preprocess
+    from rsengine.device import choose_execution, keep_freed_memory
+    from rsengine.engine.build import build_step
 
     settings = [f"model.depth={point.depth}", f"train.batch_size={point.batch}", "train.epochs=1"]
     recipe = Recipe().with_settings(settings)
-    preprocess = Preprocess((0.5,) * 3, (0.25,) * 3)
-    step = TrainStep(build_model(recipe, point.classes), recipe, preprocess, choose_execution("cpu"), 1000)
+    keep_freed_memory()  # as the training command does
+    step = build_step(recipe, point.classes, (0.5,) * 3, (0.25,) * 3, choose_execution("cpu"), 1000)
     images = torch.randint(0, 256, (point.batch, point.size, point.size, 3), dtype=torch.uint8)
     labels = torch.arange(point.batch) % point.classes
     step(images, labels)

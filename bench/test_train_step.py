@@ -13,10 +13,8 @@ import torch
 from bench.baselines import PEERS, Case, matmul_rate, rsengine_step
 from bench.contender import OURS, Apart
 from rsengine.config import load_recipe
-from rsengine.device import choose_execution
-from rsengine.engine.build import build_model
-from rsengine.engine.step import TrainStep
-from rsengine.model.preprocess import Preprocess
+from rsengine.device import choose_execution, keep_freed_memory
+from rsengine.engine.build import build_step
 from rsengine.run.machine import versions
 
 CASES = [
@@ -32,8 +30,8 @@ ROUNDS = 9
 @pytest.mark.parametrize("name", ["quickstart", "report-1"])
 def test_step(benchmark, name):
     recipe = load_recipe(name)
-    preprocess = Preprocess((0.5,) * 3, (0.25,) * 3)
-    step = TrainStep(build_model(recipe, 10), recipe, preprocess, choose_execution("cpu"), 390)
+    keep_freed_memory()  # as the training command does
+    step = build_step(recipe, 10, (0.5,) * 3, (0.25,) * 3, choose_execution("cpu"), 390)
     n = recipe.train.batch_size
     images, labels = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8), torch.randint(0, 10, (n,))
     benchmark.extra_info["images"] = n

@@ -1,13 +1,20 @@
-"""The one exception of this room."""
+"""What is wrong with what a user gave."""
 
 from __future__ import annotations
 
 
-class DataError(Exception):
-    """Something is wrong with the data the user gave, or with where it should go.
+class UserError(Exception):
+    """Something that the user can put right. The message is one line with the remedy; a command prints it as it is.
 
-    The message is one line which names the file and the remedy; a command line prints it as it is.
+    Attributes:
+        status: exit status of a command that ends with it.
     """
+
+    status = 2
+
+
+class DataError(UserError):
+    """Something is wrong with the data the user gave, or with where it should go: the line names the file."""
 
     def __init__(self, message: str) -> None:
         # Messages of other libraries end up in ours and may hold line breaks; file names may hold them too.

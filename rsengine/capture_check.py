@@ -7,11 +7,12 @@ import sys
 
 from rsengine.checks.capture import STEPS, check_recipe
 from rsengine.checks.launches import launch_table
-from rsengine.config import RecipeError, load_recipe, recipe_names
+from rsengine.config import load_recipe, recipe_names
+from rsengine.errors import run_command
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit status: 0 both steps can be captured, 1 one cannot, 2 bad input."""
+    """The command. Returns its exit status: 0 every step can be captured, 1 one cannot, 2 bad input."""
     parser = argparse.ArgumentParser(prog="python -m rsengine.capture_check", description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="quickstart", help=f"one of {', '.join(recipe_names())}, or a TOML file")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one setting")
@@ -22,16 +23,16 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.launch_table:
         print(launch_table(), end="")
         return 0
-    try:
-        recipe = load_recipe(arguments.recipe).with_settings(arguments.set)
-        reports = check_recipe(recipe, (arguments.image_size, arguments.image_size), arguments.classes)
-    except (RecipeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: _check(arguments))
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    recipe = load_recipe(arguments.recipe).with_settings(arguments.set)
+    reports = check_recipe(recipe, (arguments.image_size, arguments.image_size), arguments.classes)
     print(f"capture check of {recipe.name}, {STEPS} steps on a fake device")
-    for name, report in zip(("training step", "evaluation step"), reports, strict=True):
+    for name, report in reports.items():
         print(f"{name}: {report}")
-    return 1 if any(report.findings for report in reports) else 0
+    return 1 if any(report.findings for report in reports.values()) else 0
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rsengine.augment.policies import CROP_MODES, INTERPOLATIONS, POLICIES, policy_of
+from rsengine.data.errors import UserError
 from rsengine.model import DEPTHS, DROP_PATH_RULES
 from rsengine.schedule import SCHEDULES
 
@@ -24,7 +25,7 @@ LOADERS = ("ffcv", "resident")
 FILLS = ("zero", "mean")  # colours; the data set's mean becomes 0 once normalised
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError, ValueError):
     """A recipe that cannot be run. The message is one line: the key, what is allowed, what was given."""
 
 
@@ -176,6 +177,11 @@ class AugmentSection:
     mixup_alpha: float = _number(0.0, 0.0, help="mixup with shares from Beta(alpha, alpha); 0: no mixup")
     cutmix_alpha: float = _number(0.0, 0.0, help="cutmix with shares from Beta(alpha, alpha); 0: no cutmix")
 
+    @property
+    def mixes(self) -> bool:
+        """Whether the step mixes images of a batch."""
+        return bool(self.mixup_alpha or self.cutmix_alpha)
+
 
 @dataclass(frozen=True)
 class TrainSection:
@@ -244,6 +250,14 @@ class Recipe:
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"{origin}: not valid TOML: {error}") from error
         return _build(Recipe, values, "")
+
+    @property
+    def batches_are_normalised(self) -> bool:
+        """Whether a step's images come normalised, or as pixels for the step to normalise.
+
+        Resident data are normalised as they are augmented, in one pass, unless the step mixes pixels first.
+        """
+        return self.train.loader == "resident" and not self.augment.mixes
 
     def with_settings(self, settings: Iterable[str]) -> Recipe:
         """Apply ``section.key=value`` settings, the value in TOML syntax (quotes around text may be left out)."""

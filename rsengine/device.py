@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from rsengine.errors import SettingsError
+
 
 @dataclass(frozen=True)
 class Execution:
@@ -37,24 +39,21 @@ class Execution:
 def choose_execution(device: str = "auto", precision: str = "auto") -> Execution:
     """Settle ``device`` (auto, cpu, cuda) and ``precision`` (auto, bf16, fp32) for this machine.
 
-    On the CPU the process keeps the memory it frees from here on: see :func:`keep_freed_memory`.
-
     Raises:
-        ValueError: ``cuda`` on a machine without one, with what to use instead.
+        SettingsError: ``cuda`` on a machine without one, with what to use instead.
     """
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
-        raise ValueError("--device cuda: this machine has no usable CUDA GPU; use --device cpu or --device auto")
+        raise SettingsError("--device cuda: this machine has no usable CUDA GPU; use --device cpu or --device auto")
     kind = "cuda" if device == "cuda" or (device == "auto" and has_cuda) else "cpu"
     native, why = _native_bf16(kind)
     use_bf16 = precision == "bf16" or (precision == "auto" and native)
-    memory = "" if kind != "cpu" or keep_freed_memory() else "; without glibc large blocks of memory are mapped anew"
     asked = "as asked" if precision != "auto" else "automatic"
     return Execution(
         device=torch.device(kind),
         autocast_dtype=torch.bfloat16 if use_bf16 else None,
         threads=torch.get_num_threads(),
-        reason=f"{'bfloat16 autocast' if use_bf16 else 'float32'} on {kind} ({asked}: {why}){memory}",
+        reason=f"{'bfloat16 autocast' if use_bf16 else 'float32'} on {kind} ({asked}: {why})",
     )
 
 

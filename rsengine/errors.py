@@ -1,7 +1,31 @@
-"""Errors that several packages raise."""
+"""Errors that several packages raise, and how a command ends with one."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 
-class LoaderError(RuntimeError):
+from rsengine.data.errors import UserError
+
+
+class SettingsError(UserError, ValueError):
+    """Settings that do not go together, or that this machine or data set cannot run."""
+
+
+class LoaderError(UserError):
     """The data pipeline failed."""
+
+
+def run_command(run: Callable[[], int]) -> int:
+    """Run a command and return its exit status.
+
+    What the user can put right becomes one line. Any other exception is a fault of the program and keeps its traceback.
+    """
+    try:
+        return run()
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "status", UserError.status)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -7,10 +7,10 @@ import sys
 
 import torch
 
-from rsengine.data import DataError, find_dataset
+from rsengine.data import find_dataset
 from rsengine.device import choose_execution
 from rsengine.engine.evaluation import evaluate
-from rsengine.errors import LoaderError
+from rsengine.errors import run_command
 from rsengine.input.stream import BetonLoader
 from rsengine.model.preprocess import Preprocess
 from rsengine.run.weights import WeightsError, load_weights
@@ -26,18 +26,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     arguments = parser.parse_args(argv)
-    try:
-        execution = choose_execution(arguments.device, arguments.precision)
-        weights = load_weights(arguments.run)
-        dataset = find_dataset(arguments.data)
-        if tuple(dataset.classes) != weights.classes:
-            raise WeightsError(
-                f"{arguments.run}: trained on other classes than {dataset.name} has; name its data with --data"
-            )
-        loader = BetonLoader(dataset.test_beton, 500)
-    except (ValueError, DataError, WeightsError, LoaderError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: _evaluate(arguments))
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    execution = choose_execution(arguments.device, arguments.precision)
+    weights = load_weights(arguments.run)
+    dataset = find_dataset(arguments.data)
+    if tuple(dataset.classes) != weights.classes:
+        raise WeightsError(
+            f"{arguments.run}: trained on other classes than {dataset.name} has; name its data with --data"
+        )
+    loader = BetonLoader(dataset.test_beton, 500)
     model = weights.model.to(execution.device, memory_format=torch.channels_last)
     preprocess = Preprocess(weights.mean, weights.std, execution.device)
     result = evaluate({"ema": model}, loader.epoch(), preprocess, execution, len(weights.classes))["ema"]

@@ -14,8 +14,9 @@ from torch import Tensor
 from rsengine.data import DataError
 from rsengine.data.sources.images import decode_rgb, resize_and_crop
 from rsengine.device import choose_execution
+from rsengine.errors import run_command
 from rsengine.model.preprocess import Preprocess
-from rsengine.run.weights import Weights, WeightsError, load_weights
+from rsengine.run.weights import Weights, load_weights
 
 
 @torch.inference_mode()
@@ -59,14 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     arguments = parser.parse_args(argv)
-    try:
-        device = choose_execution(arguments.device, "fp32").device
-        weights = load_weights(arguments.run)
-        weights.model.to(device, memory_format=torch.channels_last)
-        images = np.stack([read_image(path, weights.image_size) for path in arguments.images])
-    except (ValueError, DataError, WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: _predict(arguments))
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    device = choose_execution(arguments.device, "fp32").device
+    weights = load_weights(arguments.run)
+    weights.model.to(device, memory_format=torch.channels_last)
+    images = np.stack([read_image(path, weights.image_size) for path in arguments.images])
     top = max(1, min(arguments.top, len(weights.classes)))
     for path, row in zip(arguments.images, predict(weights, images), strict=True):
         best = row.topk(top)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rsengine.errors import SettingsError
+
 SCHEDULES = ("cosine", "cosine_restarts", "multistep", "one_cycle", "constant")
 
 
@@ -54,7 +56,7 @@ def learning_rate_table(
     total = epochs * steps_per_epoch
     warmup = round(warmup_epochs * steps_per_epoch)
     if not 0 <= warmup < total:
-        raise ValueError(f"warmup_epochs: expected fewer than the run's {epochs} epochs; got {warmup_epochs:g}")
+        raise SettingsError(f"warmup_epochs: expected fewer than the run's {epochs} epochs; got {warmup_epochs:g}")
 
     steps = np.arange(total - warmup, dtype=np.float64)
     progress = steps / (total - warmup)

@@ -9,25 +9,25 @@ import shlex
 import sys
 from pathlib import Path
 
-from rsengine.config import Recipe, RecipeError, describe, load_recipe, recipe_names
-from rsengine.data import DataError, Dataset, find_dataset
-from rsengine.device import choose_execution
+from rsengine.config import Recipe, describe, load_recipe, recipe_names
+from rsengine.data import Dataset, find_dataset
+from rsengine.data.errors import UserError
+from rsengine.device import choose_execution, keep_freed_memory
 from rsengine.engine.graph import explain_step
-from rsengine.errors import LoaderError
+from rsengine.errors import run_command
 from rsengine.kernels import explain
-from rsengine.run.checkpoint import FILE, CheckpointError, load_checkpoint
+from rsengine.run.checkpoint import FILE, load_checkpoint
 from rsengine.run.files import write_atomically
-from rsengine.run.log import EPOCH
 from rsengine.run.progress import duration
 from rsengine.run.records import write_records
-from rsengine.trainer import DivergedError, Trainer
+from rsengine.trainer import Trainer
 
 RECIPE_FILE = "recipe.toml"
 say = functools.partial(print, flush=True)  # a log file shows a line when it is said, not kilobytes later
 
 
-class UsageError(ValueError):
-    """A command line that cannot be followed. The message is one line with the remedy."""
+class UsageError(UserError):
+    """A command line that cannot be followed."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,17 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.list_settings:
         print(describe())
         return 0
-    try:
-        return _train(arguments)
-    except (RecipeError, DataError, LoaderError, CheckpointError, UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except DivergedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_command(lambda: _train(arguments))
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -71,12 +61,11 @@ def _train(arguments: argparse.Namespace) -> int:
         say("recipe digits, because the data are the digits and no --recipe was given")
 
     out = out or Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    try:
-        execution = choose_execution(arguments.device, recipe.train.precision)
-        graph, compile = not arguments.no_graph, arguments.compile
-        trainer = Trainer(recipe, dataset, execution, out, graph=graph, compile=compile, say=say)
-    except ValueError as error:  # a device the machine lacks, or settings that do not go together
-        raise UsageError(str(error)) from error
+    execution = choose_execution(arguments.device, recipe.train.precision)
+    if execution.device.type == "cpu" and not keep_freed_memory():
+        say("memory: without glibc large blocks of memory are mapped anew in each step, which takes time")
+    graph, compile = not arguments.no_graph, arguments.compile
+    trainer = Trainer(recipe, dataset, execution, out, graph=graph, compile=compile, say=say)
     out.mkdir(parents=True, exist_ok=True)
     if state is not None:
         trainer.restore(state)
@@ -90,8 +79,11 @@ def _train(arguments: argparse.Namespace) -> int:
     resume += " --no-graph" * arguments.no_graph + " --compile" * arguments.compile
     _announce(trainer, dataset, explain_step(execution, graph, compile))
     stopped = trainer.run()
-    if not trainer.result and trainer.log.records(EPOCH):
-        trainer.evaluate()  # this process resumed a run and evaluated nothing itself
+    if stopped:  # said first, and nothing is evaluated: who stops a run does not wait
+        where = f"step {trainer.steps_done} of {trainer.total_steps}"
+        say(f"stopped after {where}; everything is saved. Go on with: {resume}")
+    elif not trainer.result:
+        trainer.evaluate()  # the run had ended before it was resumed
     write_records(
         out,
         recipe=recipe,
@@ -101,8 +93,6 @@ def _train(arguments: argparse.Namespace) -> int:
         result=trainer.result,
     )
     if stopped:
-        where = f"step {trainer.steps_done} of {trainer.total_steps}"
-        say(f"stopped after {where}; everything is saved. Go on with: {resume}")
         return 128 + stopped
     final = trainer.result.get("ema") or trainer.result["raw"]
     say(

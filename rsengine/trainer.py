@@ -15,13 +15,13 @@ import torch
 
 from rsengine.config import Recipe
 from rsengine.data import Dataset
+from rsengine.data.errors import UserError
 from rsengine.device import Execution
-from rsengine.engine.build import build_model
-from rsengine.engine.evaluation import Evaluation, EvaluationStep
+from rsengine.engine.build import build_evaluation, build_step
+from rsengine.engine.evaluation import Evaluation
 from rsengine.engine.graph import CapturedStep, CudaRecorder, choose_step, static_batch, uses_graph
-from rsengine.engine.step import TrainStep, image_sizes
+from rsengine.engine.step import image_sizes
 from rsengine.input.batches import open_batches
-from rsengine.model.preprocess import Preprocess
 from rsengine.run.checkpoint import BEST_FILE, FILE, CheckpointError, save_checkpoint
 from rsengine.run.files import atomic_path
 from rsengine.run.log import EPOCH, INTERVAL, START, RunLog
@@ -31,8 +31,10 @@ from rsengine.run.signals import StopRequest, stop_requests
 from rsengine.run.weights import save_weights
 
 
-class DivergedError(RuntimeError):
-    """The loss or a weight is no longer a finite number. The message is one line."""
+class DivergedError(UserError):
+    """The loss or a weight is no longer a finite number."""
+
+    status = 1
 
 
 @dataclass
@@ -72,24 +74,19 @@ class Trainer:
         self.recipe, self.dataset, self.execution, self.out, self.say = recipe, dataset, execution, out, say
         self.graph, self.compile = uses_graph(execution, graph), compile
         torch.manual_seed(recipe.train.seed)
-        preprocess = Preprocess(dataset.mean, dataset.std, execution.device)
-        self.batches = open_batches(recipe, dataset, execution, preprocess)
+        self.batches = open_batches(recipe, dataset, execution)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.image_sizes = image_sizes(recipe, dataset.image_size)
-        classes = len(dataset.classes)
-        self.step = TrainStep(
-            build_model(recipe, classes),
+        data = len(dataset.classes), dataset.mean, dataset.std
+        self.step = build_step(
             recipe,
-            preprocess,
+            *data,
             execution,
             self.steps_per_epoch,
             resident=self.batches.resident,
             keep_gradients=self.graph,
         )
-        models = {"raw": self.step.model}
-        if self.step.ema_model is not None:
-            models["ema"] = self.step.ema_model
-        self.evaluation = EvaluationStep(models, preprocess, execution, classes, recipe.train.label_smoothing)
+        self.evaluation = build_evaluation(self.step, recipe, *data)
         self.captured_evaluation: CapturedStep | None = None
         self.log = RunLog(out)
         self.progress = Progress()
@@ -130,7 +127,7 @@ class Trainer:
                     return stop.signal
                 self._finish_epoch(display)
                 if stop.signal and self.progress.epoch < train.epochs:
-                    return stop.signal
+                    return stop.signal  # it came during the evaluation, which was allowed to end
         return 0
 
     def _choose_step(self, first: bool) -> Callable[..., None]:
@@ -142,9 +139,7 @@ class Trainer:
             batch = static_batch(train.eval_batch_size, self.dataset.image_size, device)
             with self.evaluation.evaluation_mode():
                 self.captured_evaluation = CapturedStep(self.evaluation, batch, CudaRecorder(device))
-        return choose_step(
-            self.step, self.execution, inputs, graph=self.graph, compile=self.compile and first, say=None
-        )
+        return choose_step(self.step, self.execution, inputs, graph=self.graph, compile=self.compile and first)
 
     def _train_epoch(self, step: Callable[..., None], display: Display, stop: StopRequest) -> bool:
         """The rest of the epoch under way. False: stopped before its end."""
@@ -170,7 +165,7 @@ class Trainer:
                 if interval_steps == interval or last or stopping or checkpoint_due:
                     started = self._record_interval(display, started)
                     interval_steps = 0
-                if stopping and not last:
+                if stopping:  # at the end of an epoch too: its evaluation may take longer than one waits
                     return False
                 if checkpoint_due and not last:
                     self.save()
@@ -199,7 +194,7 @@ class Trainer:
             "test_accuracy": raw.accuracy,
             "test_loss_ema": ema.loss if ema else None,
             "test_accuracy_ema": ema.accuracy if ema else None,
-            "learning_rate": float(self.step.learning_rates[self.steps_done - 1]),
+            "learning_rate": float(self.step.update.learning_rates[self.steps_done - 1]),
             "images_per_second": progress.images / train_seconds,
             "seconds": progress.seconds + eval_seconds,
             "epoch_seconds": train_seconds,
@@ -264,7 +259,7 @@ class Trainer:
             "epoch": self.steps_done / self.steps_per_epoch,
             "train_loss": totals.loss / totals.images,
             "train_accuracy": totals.correct / totals.images,
-            "learning_rate": float(self.step.learning_rates[self.steps_done - 1]),
+            "learning_rate": float(self.step.update.learning_rates[self.steps_done - 1]),
             "images_per_second": totals.images / seconds,
             "seconds": progress.seconds,
         }
@@ -279,7 +274,7 @@ class Trainer:
     def _diverged(self, step: int, what: str) -> DivergedError:
         last = self.out / FILE
         good = f"the last good checkpoint is {last}" if last.exists() else "there is no good checkpoint yet"
-        rate = self.step.learning_rates[step]
+        rate = self.step.update.learning_rates[step]
         return DivergedError(
             f"{what} is no longer a finite number at step {step} (learning rate {rate:.4g}); {good}. "
             "Try a lower schedule.learning_rate or a longer schedule.warmup_epochs"

@@ -1,13 +1,14 @@
 """Recipes: complete, validated, and written back as they were read."""
 
 import re
+from dataclasses import asdict
 
 import pytest
 
 from rsengine.config import Recipe, RecipeError, describe, load_recipe, recipe_names
 from rsengine.engine.build import build_model
-from rsengine.engine.step import _schedule
 from rsengine.model import resnet_rs
+from rsengine.schedule import learning_rate_table
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -15,7 +16,8 @@ def test_every_shipped_recipe_is_whole_and_says_where_it_comes_from(name):
     recipe = load_recipe(name)
     assert recipe.name == name and len(recipe.comment) > 40
     assert Recipe.from_toml(recipe.to_toml()) == recipe
-    assert len(_schedule(recipe, 390)) == 390 * recipe.train.epochs
+    lengths = {"epochs": recipe.train.epochs, "steps_per_epoch": 390}
+    assert len(learning_rate_table(**asdict(recipe.schedule), **lengths)) == 390 * recipe.train.epochs
 
 
 def test_the_reports_four_rows():

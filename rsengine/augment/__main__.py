@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from rsengine.augment.policies import POLICIES
-from rsengine.config import Recipe, RecipeError
-from rsengine.data import DataError, find_dataset
+from rsengine.config import Recipe
+from rsengine.data import find_dataset
+from rsengine.errors import SettingsError, run_command
 from rsengine.run.augmented import draw_augmented
 
 
@@ -25,24 +26,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=4, help="augmented versions of each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    try:
-        if min(arguments.images, arguments.rows) < 1 or arguments.seed < 0:
-            raise ValueError("--images and --rows: expected at least 1, and --seed at least 0")
-        settings = [f"augment.{setting}" for setting in arguments.set]
-        augment = Recipe().with_settings([f"augment.policy={arguments.policy}", *settings]).augment
-        dataset = find_dataset(arguments.data, fallback_digits=arguments.data is None, log=print)
-        draw_augmented(
-            dataset,
-            augment,
-            Path(arguments.out),
-            title=f"{dataset.name}: {augment.policy}",
-            seed=arguments.seed,
-            images=arguments.images,
-            epochs=arguments.rows,
-        )
-    except (RecipeError, DataError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: _draw(arguments))
+
+
+def _draw(arguments: argparse.Namespace) -> int:
+    if min(arguments.images, arguments.rows) < 1 or arguments.seed < 0:
+        raise SettingsError("--images and --rows: expected at least 1, and --seed at least 0")
+    settings = [f"augment.{setting}" for setting in arguments.set]
+    augment = Recipe().with_settings([f"augment.policy={arguments.policy}", *settings]).augment
+    dataset = find_dataset(arguments.data, fallback_digits=arguments.data is None, log=print)
+    draw_augmented(
+        dataset,
+        augment,
+        Path(arguments.out),
+        title=f"{dataset.name}: {augment.policy}",
+        seed=arguments.seed,
+        images=arguments.images,
+        epochs=arguments.rows,
+    )
     print(f"wrote {arguments.out}")
     return 0
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rsengine.augment.policies import policy_of
 from rsengine.augment.program import compile_policy
+from rsengine.errors import SettingsError
 from rsengine.kernels import PolicyTables, augment_batch
 from rsengine.model.preprocess import Preprocess
 
@@ -56,7 +57,7 @@ class DeviceAugment:
             )
             chains = program.chains
         if augment.crop_mode == "reflect" and augment.crop_padding >= min(size):
-            raise ValueError(
+            raise SettingsError(
                 f"augment.crop_padding: expected below {min(size)} with crop_mode=reflect; got {augment.crop_padding}"
             )
         self.options = {

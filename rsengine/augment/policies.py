@@ -15,6 +15,8 @@ from typing import Protocol
 
 import numpy as np
 
+from rsengine.errors import SettingsError
+
 POLICIES = (  # as recipes name them
     "none",
     "autoaugment",
@@ -218,12 +220,12 @@ def randaugment(
     """
     most = 10 if increasing else bins - 1
     if num_ops < 1 or bins < 2 or magnitude_std < 0 or not 0 <= magnitude <= most:
-        raise ValueError(
+        raise SettingsError(
             f"RandAugment: expected num_ops >= 1, bins >= 2, magnitude_std >= 0 and magnitude from 0 to {most}; "
             f"got {num_ops}, {bins}, {magnitude_std}, {magnitude}"
         )
     if not increasing and magnitude != int(magnitude):
-        raise ValueError(f"RandAugment: expected a whole magnitude, one of {bins} bins; got {magnitude}")
+        raise SettingsError(f"RandAugment: expected a whole magnitude, one of {bins} bins; got {magnitude}")
     levels = noisy_levels(magnitude, magnitude_std, most)
     if increasing:
         ranges, probability = timm_ranges(size, levels), 0.5

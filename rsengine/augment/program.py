@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rsengine.augment.policies import Choice, Policy
+from rsengine.errors import SettingsError
 from rsengine.kernels.augment_tables import AFFINE, AUTOCONTRAST, COLOR, CONTRAST, EQUALIZE, IDENTITY, LOOKUP, SHARPNESS
 
 _KINDS = {
@@ -83,7 +84,7 @@ def compile_policy(
 ) -> Program:
     """The tables of ``policy`` for images of ``size`` (height, width), at least 1x1 and below 16384 a side."""
     if not all(1 <= side < 2**14 for side in size):
-        raise ValueError(f"image size: expected sides from 1 to {2**14 - 1}; got {size}")
+        raise SettingsError(f"image size: expected sides from 1 to {2**14 - 1}; got {size}")
     blocks: dict[Choice, int] = {}  # the first setting of each operation with its magnitudes
     settings: list[_Setting] = []
 

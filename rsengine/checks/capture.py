@@ -27,15 +27,15 @@ from rsengine.checks.findings import ADDRESS, LEAK, NUMBER, SEQUENCE, Finding, i
 from rsengine.checks.trace import Halt, HostReads, Operand, Operation, Trace, contained_hooks, storage_of
 from rsengine.config import Recipe
 from rsengine.device import Execution
-from rsengine.engine.build import build_model
-from rsengine.engine.evaluation import EvaluationStep
+from rsengine.engine.build import build_evaluation, build_model, build_step
 from rsengine.engine.graph import Step, static_batch
 from rsengine.engine.step import TrainStep, image_sizes
-from rsengine.input.resident import ResidentData
+from rsengine.engine.update import Update
+from rsengine.input.resident import resident_data
 from rsengine.kernels.dispatch import assume_triton
-from rsengine.model.preprocess import Preprocess
 
 STEPS = 3
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)  # of no data set: they do not change a step
 SHOWN = 20  # findings printed
 TRAIN_IMAGES = 50_000  # CIFAR's: how long an epoch is does not change a step, but a schedule has to have a length
 
@@ -77,28 +77,33 @@ def tracing() -> Iterator[torch.device]:
         log.disabled = before
 
 
-def check_recipe(
-    recipe: Recipe, image_size: tuple[int, int] = (32, 32), num_classes: int = 10
-) -> tuple[Report, Report]:
-    """Check the training step of a recipe, and the evaluation step, each captured at its own batch size.
+def check_recipe(recipe: Recipe, image_size: tuple[int, int] = (32, 32), num_classes: int = 10) -> dict[str, Report]:
+    """Check the training step of a recipe at each image size it trains at, and the evaluation step.
 
-    With the recipe's model and options, and in bfloat16 unless it asks for float32.
+    With the recipe's model and options, each captured at its own batch size, in bfloat16 unless it asks for float32.
+
+    Returns:
+        A report by the name of the step; that of a size other than the images' own says the size.
 
     Raises:
         ValueError: settings that do not go together.
     """
-    with tracing() as device:
-        step, inputs = build_step(recipe, device, image_size, num_classes)
-        training = check_step(step, inputs)
-        models = {"raw": step.model} if step.ema_model is None else {"raw": step.model, "ema": step.ema_model}
-        smoothing = recipe.train.label_smoothing
-        evaluation = EvaluationStep(models, step.preprocess, step.execution, num_classes, smoothing)
-        with evaluation.evaluation_mode():
-            batch = static_batch(recipe.train.eval_batch_size, image_size, device)
-            return training, check_step(evaluation, batch)
+    reports = {}
+    for size in dict.fromkeys(image_sizes(recipe, image_size)):
+        with tracing() as device:
+            step, inputs = trace_step(recipe, device, image_size, num_classes)
+            step.image_size = size
+            name = "training step" if size is None else f"training step at {size[0]}x{size[1]}"
+            reports[name] = check_step(step, inputs)
+            evaluation = build_evaluation(step, recipe, num_classes, MEAN, STD)
+            if "evaluation step" not in reports:
+                with evaluation.evaluation_mode():
+                    batch = static_batch(recipe.train.eval_batch_size, image_size, device)
+                    reports["evaluation step"] = check_step(evaluation, batch)
+    return reports
 
 
-def build_step(
+def trace_step(
     recipe: Recipe,
     device: torch.device,
     image_size: tuple[int, int] = (32, 32),
@@ -106,7 +111,7 @@ def build_step(
     kind: Callable[..., TrainStep] = TrainStep,
 ) -> tuple[TrainStep, tuple[Tensor, ...]]:
     """The step of a recipe as it would be captured, and its static inputs; to be called inside :func:`tracing`."""
-    train, mean, std = recipe.train, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    train = recipe.train
     # The weights of a module move to a device in one of two ways, and fake ones allow neither: from "meta" they can.
     with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("meta"):
         model = build_model(recipe, num_classes)
@@ -115,14 +120,21 @@ def build_step(
     images = max(TRAIN_IMAGES, train.batch_size)
     steps_per_epoch = images // train.batch_size
     inputs, resident = static_batch(train.batch_size, image_size, device), None
-    preprocess = Preprocess(mean, std, device)
     if train.loader == "resident":
         data = static_batch(images, image_size, device)
-        lengths = {"seed": train.seed, "epochs": train.epochs, "steps_per_epoch": steps_per_epoch}
-        mixes = recipe.augment.mixup_alpha or recipe.augment.cutmix_alpha
-        normalise = {"preprocess": None if mixes else preprocess, "dtype": execution.autocast_dtype or torch.float32}
-        inputs, resident = (), ResidentData(*data, train.batch_size, recipe.augment, mean, **lengths, **normalise)
-    step = kind(model, recipe, preprocess, execution, steps_per_epoch, resident=resident, keep_gradients=True)
+        inputs, resident = (), resident_data(recipe, *data, MEAN, STD, execution, steps_per_epoch)
+    step = build_step(
+        recipe,
+        num_classes,
+        MEAN,
+        STD,
+        execution,
+        steps_per_epoch,
+        resident=resident,
+        keep_gradients=True,
+        model=model,
+        kind=kind,
+    )
     step.image_size = image_sizes(recipe, image_size)[0]
     return step, inputs
 
@@ -232,13 +244,15 @@ def _addresses(step: Step, inputs: Sequence[Tensor]) -> dict[str, int]:
     return {name: storage_of(tensor) for name, tensor in watched.items()}
 
 
-def _attributes(step: Step) -> Iterator[tuple[str, object]]:
+def _attributes(step: Step | Update) -> Iterator[tuple[str, object]]:
     """What a step holds, with the members of its lists and dictionaries each by itself."""
     for name, value in vars(step).items():
         if isinstance(value, list | tuple):
             yield from ((f"{name}[{i}]", member) for i, member in enumerate(value))
         elif isinstance(value, dict):
             yield from ((f"{name}[{key!r}]", member) for key, member in value.items())
+        elif isinstance(value, Update):
+            yield from ((f"{name}.{inner}", member) for inner, member in _attributes(value))
         else:
             yield name, value
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rsengine.checks.capture import build_step, check_step, tracing
+from rsengine.checks.capture import check_step, trace_step, tracing
 from rsengine.checks.trace import Operation
 from rsengine.config import Recipe, load_recipe
 from rsengine.engine.step import TrainStep
@@ -133,7 +133,7 @@ def count_launches(recipe: Recipe) -> tuple[Counter[str], Counter[str]]:
         ValueError: the engine's step of this recipe cannot be captured.
     """
     with tracing() as device:
-        step, inputs = build_step(recipe, device)
+        step, inputs = trace_step(recipe, device)
         engine = check_step(step, inputs)
         if engine.findings:
             raise ValueError(f"recipe {recipe.name}: {engine}")
@@ -164,6 +164,6 @@ def part_of(operation: Operation) -> str:
         return IMAGES
     if file == "cross_entropy.py" or function == "_loss":
         return LOSS
-    if file == "ema.py" or (file == "launches.py" and function == "_update"):
+    if file in ("ema.py", "muon.py") or (file == "launches.py" and function == "_update"):
         return UPDATE
-    return GRADIENTS if ".backward(" in site.text or function == "_clear_gradients" else BOOKS
+    return GRADIENTS if ".backward(" in site.text or function == "clear_gradients" else BOOKS

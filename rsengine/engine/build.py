@@ -1,14 +1,56 @@
-"""From a recipe to what runs it."""
+"""From a recipe to what runs it: the network, the training step and the evaluation. Nobody else assembles these."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
+from torch import Tensor, nn
+
 from rsengine.config import Recipe
+from rsengine.device import Execution
+from rsengine.engine.evaluation import EvaluationStep
+from rsengine.engine.step import TrainStep
 from rsengine.model import ResNetRS, resnet_rs
+from rsengine.model.preprocess import Preprocess
 
 
 def build_model(recipe: Recipe, num_classes: int) -> ResNetRS:
     """The network a recipe describes."""
     options = asdict(recipe.model)
     return resnet_rs(num_classes=num_classes, **(options | {"blocks": options["blocks"] or None}))
+
+
+def build_step(
+    recipe: Recipe,
+    num_classes: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    execution: Execution,
+    steps_per_epoch: int,
+    *,
+    resident: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+    keep_gradients: bool = False,
+    model: nn.Module | None = None,
+    kind: Callable[..., TrainStep] = TrainStep,
+) -> TrainStep:
+    """The training step of a recipe.
+
+    Args:
+        mean, std: of the data set, three numbers each, in units of 0 to 1.
+        resident, keep_gradients: as :class:`TrainStep` takes them.
+        model: a network to train in place of the recipe's own.
+        kind: what makes the step.
+    """
+    model = build_model(recipe, num_classes) if model is None else model
+    preprocess = Preprocess(mean, std, execution.device)
+    return kind(model, recipe, preprocess, execution, steps_per_epoch, resident=resident, keep_gradients=keep_gradients)
+
+
+def build_evaluation(
+    step: TrainStep, recipe: Recipe, num_classes: int, mean: Sequence[float], std: Sequence[float]
+) -> EvaluationStep:
+    """The evaluation of what a step trains: ``raw``, and ``ema`` where there is one, by the loss of training."""
+    models = {"raw": step.model} | ({} if step.ema_model is None else {"ema": step.ema_model})
+    preprocess = Preprocess(mean, std, step.execution.device)
+    return EvaluationStep(models, preprocess, step.execution, num_classes, recipe.train.label_smoothing)

@@ -167,17 +167,13 @@ def choose_step(
     *,
     graph: bool = True,
     compile: bool = False,
-    say: Callable[[str], object] | None = print,
 ) -> Callable[..., None]:
     """``step`` captured where that is wanted and possible, else ``step`` itself.
 
     Args:
         step: with ``compile``, one that has a ``model``.
         inputs: as :class:`CapturedStep` takes them; used on CUDA only.
-        say: is told once how steps will run; ``None`` where the caller says :func:`explain_step` itself.
     """
-    if say is not None:
-        say(explain_step(execution, graph, compile))
     if compile:
         compile_forward(step.model)
     if not uses_graph(execution, graph):

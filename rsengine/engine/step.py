@@ -7,10 +7,9 @@ increments; nothing in the step reads a tensor's value on the host.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,10 +17,10 @@ from torch import Tensor, nn
 from rsengine.augment.mixup import Mix, soft_targets
 from rsengine.config import Recipe
 from rsengine.device import Execution
-from rsengine.engine.muon import Muon
-from rsengine.kernels import ema_update, label_smoothed_cross_entropy, sgd_ema_step
+from rsengine.engine.update import Update
+from rsengine.kernels import label_smoothed_cross_entropy
 from rsengine.model.preprocess import Preprocess
-from rsengine.schedule import ema_decay_table, image_size_table, learning_rate_table
+from rsengine.schedule import image_size_table
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class TrainStep:
 
     Args:
         resident: gives the batch of a step from the () int64 counter, on the device; ``step()`` then takes nothing.
-            Where it has a true attribute ``prepared``, its images are the model's input, normalised already.
+            Its images are normalised already where ``recipe.batches_are_normalised``.
         keep_gradients: keep the same gradient tensors from step to step, zeroed in each, so that their addresses last
             (a captured graph and the fused update's table of addresses need that), and keep no autocast copies of
             weights. Otherwise each backward pass allocates its own.
@@ -52,6 +51,7 @@ class TrainStep:
         image_size: height and width to which images are resized before the network; ``None``: they stay as they are. A
             captured step keeps the size it was captured with.
         model: the trained network.
+        update: its optimiser step, with the parameters' momentum and the tables of rates.
         ema_model: the same network holding the averages of its weights and BN buffers, in evaluation mode; or ``None``.
         counter: () int64, the steps done.
     """
@@ -69,52 +69,22 @@ class TrainStep:
     ) -> None:
         device = execution.device
         self.model = model.to(device, memory_format=torch.channels_last).train()
-        self.preprocess, self.execution, self.resident = preprocess, execution, resident
-        self.prepared = getattr(resident, "prepared", False)
+        self.preprocess = None if recipe.batches_are_normalised else preprocess
+        self.execution, self.resident = execution, resident
         self.image_size: tuple[int, int] | None = None
-        self.keep_gradients, self.micro_batches = keep_gradients, recipe.train.micro_batches
-        self.label_smoothing = recipe.train.label_smoothing
-        self.momentum, self.nesterov = recipe.optimizer.momentum, recipe.optimizer.nesterov
-        self.clip_norm = recipe.optimizer.clip_norm
-        alphas = recipe.augment.mixup_alpha, recipe.augment.cutmix_alpha
-        self.mix = Mix(*alphas) if any(alphas) else None
-        self.learning_rates = _schedule(recipe, steps_per_epoch)
-
-        self.params = list(self.model.parameters())
-        self.momentum_buffers = [torch.zeros_like(p) for p in self.params]
-        decay = recipe.optimizer.weight_decay
-        # Convolution and linear weights have two dimensions or more; BN parameters and biases have one.
-        exempt = not recipe.optimizer.decay_bn_and_bias
-        self.weight_decay = [0.0 if exempt and p.dim() < 2 else decay for p in self.params]
-
-        uses_muon = recipe.optimizer.name == "muon"
-        self.muon_places = [i for i, p in enumerate(self.params) if uses_muon and p.dim() == 4]
-        self.sgd_places = [i for i, p in enumerate(self.params) if not (uses_muon and p.dim() == 4)]
-        self.muon = Muon(
-            _at(self.params, self.muon_places),
-            _at(self.momentum_buffers, self.muon_places),
-            recipe.optimizer.muon_momentum,
-            self.nesterov,
-            execution.autocast_dtype or torch.float32,
-        )
-
+        self.micro_batches, self.label_smoothing = recipe.train.micro_batches, recipe.train.label_smoothing
+        self.mix = Mix(recipe.augment.mixup_alpha, recipe.augment.cutmix_alpha) if recipe.augment.mixes else None
         self.ema_model: nn.Module | None = None
-        self.shadow: list[Tensor] | None = None
         if recipe.ema.enabled:
             self.ema_model = copy.deepcopy(self.model).requires_grad_(False).eval()
-            self.shadow = list(self.ema_model.parameters())
-            # num_batches_tracked stays out: it has no effect while BN has a fixed momentum.
-            self.buffers = [b for b in self.model.buffers() if b.is_floating_point()]
-            self.shadow_buffers = [b for b in self.ema_model.buffers() if b.is_floating_point()]
-        for p in self.params:
-            p.grad = torch.zeros_like(p) if keep_gradients else None
-
-        self.lr_table = torch.tensor(self.learning_rates, dtype=torch.float32, device=device)
-        peak = recipe.schedule.learning_rate
-        rates = self.learning_rates * (recipe.optimizer.muon_learning_rate / peak if peak else 0.0)
-        self.muon_lr_table = torch.tensor(rates, dtype=torch.float32, device=device)
-        decays = ema_decay_table(recipe.ema.decay, len(self.learning_rates), warmup=recipe.ema.warmup)
-        self.decay_table = torch.tensor(decays, dtype=torch.float32, device=device)
+        self.update = Update(
+            self.model,
+            self.ema_model,
+            recipe,
+            steps_per_epoch,
+            keep_gradients=keep_gradients,
+            dtype=execution.autocast_dtype or torch.float32,
+        )
         # A part's share of the batch: where its backward pass begins.
         self.part = torch.full((), 1 / self.micro_batches, dtype=torch.float32, device=device)
         self.counter = torch.zeros((), dtype=torch.int64, device=device)
@@ -125,27 +95,25 @@ class TrainStep:
 
     def __call__(self, images: Tensor | None = None, labels: Tensor | None = None) -> None:
         # Past the end of the run the last step's table entries go on: a warm-up may begin at any step, and is undone.
-        now = self.counter.clamp(max=len(self.learning_rates) - 1)
+        now = self.counter.clamp(max=len(self.update.learning_rates) - 1)
         images, labels = self._batch(images, labels, now)
         others, share = labels, None
         if self.mix is not None:
             others, (images, share) = labels.roll(1, 0), self.mix(images)
-        self._clear_gradients()
+        self.update.clear_gradients()
         k = self.micro_batches
         for part in zip(images.chunk(k), labels.chunk(k), others.chunk(k), strict=True):
             self._accumulate(*part, share)
-        grads = [p.grad for p in self.params]
-        if self.clip_norm:
-            clip_by_global_norm_(grads, self.clip_norm)
-        self._update(grads, now)
+        self.update(now)
         self.counter.add_(1)
 
     def _accumulate(self, images: Tensor, labels: Tensor, others: Tensor, share: Tensor | None) -> None:
         """Add one part's gradient and metrics."""
-        images = images if self.prepared else self.preprocess(images)
+        if self.preprocess is not None:
+            images = self.preprocess(images)
         if self.image_size is not None:
             images = resized(images, self.image_size)
-        with self.execution.autocast(cache=not self.keep_gradients):
+        with self.execution.autocast(cache=not self.update.keep_gradients):
             logits = self.model(images)
         target = labels if share is None else soft_targets(labels, others, share, logits.shape[1])
         loss, correct = label_smoothed_cross_entropy(logits, target, self.label_smoothing)
@@ -156,28 +124,6 @@ class TrainStep:
         self.loss_sum.add_(loss.double() * n)
         self.correct_sum.add_(correct)
         self.image_count.add_(n)
-
-    def _update(self, grads: list[Tensor], now: Tensor) -> None:
-        lr = self.lr_table.gather(0, now)
-        decay = self.decay_table.gather(0, now) if self.shadow is not None else None
-        sgd, muon = self.sgd_places, self.muon_places
-        sgd_ema_step(
-            _at(self.params, sgd),
-            _at(grads, sgd),
-            _at(self.momentum_buffers, sgd),
-            _at(self.shadow, sgd) if decay is not None else None,
-            lr,
-            self.momentum,
-            _at(self.weight_decay, sgd),
-            decay,
-            self.nesterov,
-        )
-        if muon:
-            self.muon(_at(grads, muon), self.muon_lr_table.gather(0, now))
-            if decay is not None:
-                ema_update(_at(self.shadow, muon), _at(self.params, muon), decay)
-        if decay is not None:
-            ema_update(self.shadow_buffers, self.buffers, decay)
 
     def _batch(self, images: Tensor | None, labels: Tensor | None, now: Tensor) -> tuple[Tensor, Tensor]:
         if (self.resident is None) == (images is None or labels is None):
@@ -191,13 +137,6 @@ class TrainStep:
             )
         return images, labels
 
-    def _clear_gradients(self) -> None:
-        if self.keep_gradients:
-            torch._foreach_zero_([p.grad for p in self.params])
-        else:
-            for p in self.params:
-                p.grad = None
-
     def read_totals(self) -> Totals:
         """Read the accumulators and start them again from zero. The only place where the host waits for the device."""
         totals = Totals(float(self.loss_sum), int(self.correct_sum), int(self.image_count), int(self.first_bad))
@@ -207,7 +146,7 @@ class TrainStep:
 
     def weights_finite(self) -> bool:
         """Whether every weight is a finite number. Waits for the device."""
-        return bool(torch.stack(torch._foreach_norm(self.params)).isfinite().all())
+        return bool(torch.stack(torch._foreach_norm(self.update.params)).isfinite().all())
 
     def state_tensors(self) -> list[Tensor]:
         """Every tensor that a step changes and keeps: what to save and copy back for a step to leave no trace.
@@ -216,8 +155,7 @@ class TrainStep:
         """
         models = [self.model] if self.ema_model is None else [self.model, self.ema_model]
         held = [t.detach() for model in models for t in (*model.parameters(), *model.buffers())]
-        held += [*self.momentum_buffers, *self._accumulators(), self.first_bad, self.counter]
-        return held + [p.grad for p in self.params] if self.keep_gradients else held
+        return held + [*self.update.state_tensors(), *self._accumulators(), self.first_bad, self.counter]
 
     def _accumulators(self) -> tuple[Tensor, ...]:
         return self.loss_sum, self.correct_sum, self.image_count
@@ -227,7 +165,7 @@ class TrainStep:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema_model.state_dict() if self.ema_model is not None else None,
-            "momentum": self.momentum_buffers,
+            "momentum": self.update.momentum_buffers,
             "counter": self.counter,
             "first_bad": self.first_bad,
         }
@@ -246,7 +184,7 @@ class TrainStep:
                 self.ema_model.load_state_dict(state["ema"])
         except RuntimeError as error:
             raise ValueError(f"model: {str(error).splitlines()[0]}") from error
-        for buffer, saved in zip(self.momentum_buffers, state["momentum"], strict=True):
+        for buffer, saved in zip(self.update.momentum_buffers, state["momentum"], strict=True):
             buffer.copy_(saved)
         self.counter.copy_(state["counter"])
         self.first_bad.copy_(state["first_bad"])
@@ -267,28 +205,5 @@ def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
     return small.contiguous(memory_format=torch.channels_last)
 
 
-@torch.no_grad()
-def clip_by_global_norm_(grads: Sequence[Tensor], limit: float) -> None:
-    """Scale ``grads`` in place by ``min(1, limit / (norm + 1e-6))``, norm the length of all of them as one vector.
-
-    What :func:`torch.nn.utils.clip_grad_norm_` does, in the same few operations on every device; the host reads
-    nothing. As there, a gradient that is not finite stays or becomes NaN, and the weights with it.
-
-    Args:
-        grads: floating-point tensors on one device, at least one.
-        limit: more than 0.
-    """
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
-
-
-def _at(values: Sequence, places: Sequence[int]) -> list:
-    return [values[i] for i in places]
-
-
 def _shape(tensor: Tensor | None) -> str:
     return "none" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-
-
-def _schedule(recipe: Recipe, steps_per_epoch: int) -> np.ndarray:
-    return learning_rate_table(**asdict(recipe.schedule), epochs=recipe.train.epochs, steps_per_epoch=steps_per_epoch)

@@ -18,7 +18,6 @@ from rsengine.device import Execution
 from rsengine.engine.graph import static_batch
 from rsengine.input.resident import load_resident, read_images
 from rsengine.input.transfer import Batch, feeder_for
-from rsengine.model.preprocess import Preprocess
 
 
 class StreamedBatches:
@@ -30,7 +29,7 @@ class StreamedBatches:
 
     resident = None  # the argument of TrainStep
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, execution: Execution, preprocess: Preprocess) -> None:
+    def __init__(self, recipe: Recipe, dataset: Dataset, execution: Execution) -> None:
         # Here, because importing FFCV and numba takes longer than a resident run needs to begin.
         from rsengine.augment.from_recipe import training_augmentations
         from rsengine.input.stream import BetonLoader
@@ -74,8 +73,8 @@ class ResidentBatches:
         ValueError: they do not fit there, or the images do not fill a batch, as load_resident says.
     """
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, execution: Execution, preprocess: Preprocess) -> None:
-        self.resident = load_resident(dataset, recipe, execution, preprocess)
+    def __init__(self, recipe: Recipe, dataset: Dataset, execution: Execution) -> None:
+        self.resident = load_resident(dataset, recipe, execution)
         self.steps_per_epoch = self.resident.steps_per_epoch
         self._test = [tensor.to(execution.device) for tensor in read_images(dataset.test_beton)]
         self._eval_batch_size = recipe.train.eval_batch_size
@@ -90,12 +89,10 @@ class ResidentBatches:
         return zip(*(tensor.split(self._eval_batch_size) for tensor in self._test), strict=True)
 
 
-def open_batches(
-    recipe: Recipe, dataset: Dataset, execution: Execution, preprocess: Preprocess
-) -> StreamedBatches | ResidentBatches:
-    """The batches of a run of ``recipe``. Streamed ones are pixels; resident ones may be normalised by ``preprocess``.
+def open_batches(recipe: Recipe, dataset: Dataset, execution: Execution) -> StreamedBatches | ResidentBatches:
+    """The batches of a run of ``recipe``.
 
     Raises what its kind does.
     """
     kind = ResidentBatches if recipe.train.loader == "resident" else StreamedBatches
-    return kind(recipe, dataset, execution, preprocess)
+    return kind(recipe, dataset, execution)

@@ -1,7 +1,7 @@
 """The whole training set on the device, and batches made there: ``train.loader = "resident"``.
 
     resident = load_resident(dataset, recipe, execution)      # ValueError (one line) where it cannot be
-    step = TrainStep(model, recipe, preprocess, execution, resident.steps_per_epoch, resident=resident)
+    step = build_step(recipe, 10, dataset.mean, dataset.std, execution, resident.steps_per_epoch, resident=resident)
     step()                                                    # inside: images, labels = resident(self.counter)
 
 ``resident(counter)`` is a tensor program with static shapes: the step counter, () int64 on the device, alone decides
@@ -26,6 +26,7 @@ from rsengine.config import AugmentSection, Recipe
 from rsengine.data import Dataset
 from rsengine.data.beton.reader import MODE_RAW, BetonReader
 from rsengine.device import Execution
+from rsengine.errors import SettingsError
 from rsengine.model.preprocess import Preprocess
 
 ORDER_LIMIT = 2**29  # bytes of the table of orders: 2,684 epochs of CIFAR's 50,000 images
@@ -46,7 +47,6 @@ class ResidentData:
         epochs, steps_per_epoch: length of the run; the counter stays below their product.
 
     Attributes:
-        prepared: whether images come normalised.
         orders: (epochs * steps_per_epoch, batch_size) int32, the images of every step.
 
     Raises:
@@ -78,7 +78,6 @@ class ResidentData:
         self.images, self.labels, self.steps_per_epoch = images, labels, steps_per_epoch
         orders = step_orders(seed, count, batch_size, epochs, steps_per_epoch)
         self.orders = torch.from_numpy(orders).to(images.device)
-        self.prepared = preprocess is not None
         self.augment = DeviceAugment(
             augment, (height, width), mean, seed=seed, device=images.device, preprocess=preprocess, dtype=dtype
         )
@@ -95,20 +94,44 @@ class ResidentData:
         return images, self.labels.index_select(0, chosen)
 
 
-def load_resident(
-    dataset: Dataset, recipe: Recipe, execution: Execution, preprocess: Preprocess | None = None
+def resident_data(
+    recipe: Recipe,
+    images: Tensor,
+    labels: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    execution: Execution,
+    steps_per_epoch: int,
 ) -> ResidentData:
+    """A training set on the device of ``execution`` as a run of ``recipe`` uses it: see :class:`ResidentData`.
+
+    Batches come normalised, in the precision of ``execution``, where ``recipe.batches_are_normalised``.
+    """
+    train, device = recipe.train, execution.device
+    return ResidentData(
+        images.to(device),
+        labels.to(device),
+        train.batch_size,
+        recipe.augment,
+        mean,
+        seed=train.seed,
+        epochs=train.epochs,
+        steps_per_epoch=steps_per_epoch,
+        preprocess=Preprocess(mean, std, device) if recipe.batches_are_normalised else None,
+        dtype=execution.autocast_dtype or torch.float32,
+    )
+
+
+def load_resident(dataset: Dataset, recipe: Recipe, execution: Execution) -> ResidentData:
     """Put the training set of ``dataset`` on the device of ``execution``, ready for a run of ``recipe``.
 
-    With ``preprocess`` images come normalised, in the precision of ``execution``, unless the recipe mixes pixels first.
-
     Raises:
-        ValueError: the images differ in size, do not fill a batch, or do not fit in the free memory of the device. All
-            of it is known before a pixel is read.
+        ValueError: the images differ in size, do not fill a batch, or do not fit, beside the test set, in the free
+            memory of the device. All of it is known before a pixel is read.
     """
     train, device = recipe.train, execution.device
     if dataset.image_size is None:
-        raise ValueError(
+        raise SettingsError(
             f"train.loader: 'resident' needs images of one size, and those of {dataset.name} differ; "
             "convert them again with --size N"
         )
@@ -116,22 +139,11 @@ def load_resident(
     if train.limit_train_batches:
         steps = min(steps, train.limit_train_batches)
     height, width = dataset.image_size
-    needed = dataset.train_count * (height * width * 3 + 8)
+    needed = (dataset.train_count + dataset.test_count) * (height * width * 3 + 8)
     needed += order_bytes(dataset.train_count, train.batch_size, train.epochs, steps)
     check_fits(needed, free_memory(device), device)
     images, labels = read_images(dataset.train_beton)
-    return ResidentData(
-        images.to(device),
-        labels.to(device),
-        train.batch_size,
-        recipe.augment,
-        dataset.mean,
-        seed=train.seed,
-        epochs=train.epochs,
-        steps_per_epoch=steps,
-        preprocess=None if recipe.augment.mixup_alpha or recipe.augment.cutmix_alpha else preprocess,
-        dtype=execution.autocast_dtype or torch.float32,
-    )
+    return resident_data(recipe, images, labels, dataset.mean, dataset.std, execution, steps)
 
 
 def read_images(path: Path) -> tuple[Tensor, Tensor]:
@@ -143,7 +155,7 @@ def read_images(path: Path) -> tuple[Tensor, Tensor]:
     reader = BetonReader(path)
     heights, widths = np.unique(reader.heights), np.unique(reader.widths)
     if len(heights) != 1 or len(widths) != 1:
-        raise ValueError(f"{path}: expected images of one size; got several; convert them again with --size N")
+        raise SettingsError(f"{path}: expected images of one size; got several; convert them again with --size N")
     images = np.empty((len(reader), heights[0], widths[0], 3), np.uint8)
     if (reader.modes == MODE_RAW).all():
         for i, image in enumerate(images):
@@ -181,13 +193,13 @@ def order_bytes(count: int, batch_size: int, epochs: int, steps_per_epoch: int) 
         ValueError: ``count`` images do not fill the batches of an epoch, or the table would exceed :data:`ORDER_LIMIT`.
     """
     if not 1 <= steps_per_epoch <= count // batch_size:
-        raise ValueError(
+        raise SettingsError(
             f"train.batch_size: {count} images do not fill {max(steps_per_epoch, 1)} batches of {batch_size}; "
             "use a smaller batch"
         )
     size = 4 * epochs * steps_per_epoch * batch_size
     if size > ORDER_LIMIT:
-        raise ValueError(
+        raise SettingsError(
             f"train.loader: 'resident' keeps the order of every epoch on the device, at most {ORDER_LIMIT:,} bytes; "
             f"{epochs} epochs of {steps_per_epoch * batch_size:,} images need {size:,}; "
             "use fewer train.epochs or train.loader=ffcv"
@@ -203,7 +215,7 @@ def free_memory(device: torch.device) -> int:
 def check_fits(needed: int, free: int, device: torch.device) -> None:
     """Raises ValueError where ``needed`` bytes are more than the ``free`` ones."""
     if needed > free:
-        raise ValueError(
-            f"train.loader: 'resident' needs {needed / 1e9:.2f} GB on {device} for the training set and its orders, "
+        raise SettingsError(
+            f"train.loader: 'resident' needs {needed / 1e9:.2f} GB on {device} for both sets and the orders, "
             f"and {free / 1e9:.2f} GB are free; use train.loader=ffcv"
         )

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rsengine.errors import SettingsError
 from rsengine.kernels import batch_norm_squeeze_excite_residual, squeeze_excite_residual
 from rsengine.model.layers import BatchNorm, Conv3x3, PointwiseConv
 
@@ -247,7 +248,7 @@ def resnet_rs(
     """
     if blocks is None:
         if depth not in DEPTHS:
-            raise ValueError(f"depth: expected one of {', '.join(map(str, DEPTHS))}, or blocks=...; got {depth}")
+            raise SettingsError(f"depth: expected one of {', '.join(map(str, DEPTHS))}, or blocks=...; got {depth}")
         blocks = DEPTHS[depth]
     blocks = tuple(blocks)
     _require(
@@ -287,4 +288,4 @@ def drop_path_rates(blocks: Sequence[int], rate: float, rule: str) -> list[float
 
 def _require(holds: bool, name: str, expected: str, got: object) -> None:
     if not holds:
-        raise ValueError(f"{name}: expected {expected}; got {got!r}")
+        raise SettingsError(f"{name}: expected {expected}; got {got!r}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rsengine.data.errors import UserError
 from rsengine.run.files import atomic_path
 
 FILE = "checkpoint.pt"
@@ -18,7 +19,7 @@ _VERSION = 1
 _KEYS = ("recipe", "versions", "dataset", "epoch", "batch", "seconds", "totals", "best", "step", "rng")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used. The message is one line with the remedy."""
 
 

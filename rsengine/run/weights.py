@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from rsengine.config import Recipe, RecipeError
+from rsengine.data.errors import UserError
 from rsengine.engine.build import build_model
 from rsengine.model import ResNetRS
 from rsengine.run.files import write_atomically
@@ -21,7 +22,7 @@ FILE = "weights.safetensors"
 _FORMAT = "rsengine-weights-1"
 
 
-class WeightsError(RuntimeError):
+class WeightsError(UserError):
     """Weights that cannot be used. The message is one line with the remedy."""
 
 

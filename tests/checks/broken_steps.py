@@ -120,7 +120,7 @@ class RepeatByTensor(After):
 @caught_as(SYNCHRONISATION)
 class Inverse(After):
     def after(self, images, labels):
-        torch.linalg.inv(self.params[-2][:, :10] @ self.params[-2][:, :10].T)  # planted
+        torch.linalg.inv(self.update.params[-2][:, :10] @ self.update.params[-2][:, :10].T)  # planted
 
 
 @caught_as(SYNCHRONISATION)
@@ -132,8 +132,8 @@ class Synchronise(After):
 @caught_as(SYNCHRONISATION)
 class OptimiserWithTensorRate(After):
     def prepare(self):
-        self.optimizer = torch.optim.SGD(self.params, lr=0.1, foreach=True)
-        self.optimizer.param_groups[0]["lr"] = self.lr_table[0]
+        self.optimizer = torch.optim.SGD(self.update.params, lr=0.1, foreach=True)
+        self.optimizer.param_groups[0]["lr"] = self.update.lr_table[0]
 
     def after(self, images, labels):
         self.optimizer.step()  # planted
@@ -142,7 +142,7 @@ class OptimiserWithTensorRate(After):
 @caught_as(SYNCHRONISATION)
 class CheckedClipping(After):
     def after(self, images, labels):
-        nn.utils.clip_grad_norm_(self.params, 1.0, error_if_nonfinite=True)  # planted
+        nn.utils.clip_grad_norm_(self.update.params, 1.0, error_if_nonfinite=True)  # planted
 
 
 @caught_as(SYNCHRONISATION)
@@ -211,7 +211,7 @@ class HostRate(After):
         self.rate = torch.full((), 0.1)
 
     def after(self, images, labels):
-        torch._foreach_mul_(self.momentum_buffers, self.rate)  # planted
+        torch._foreach_mul_(self.update.momentum_buffers, self.rate)  # planted
 
 
 @caught_as(LEAK)
@@ -239,14 +239,14 @@ class KeptGraph(After):
         self.outputs = []
 
     def after(self, images, labels):
-        self.outputs.append(self.params[0] * 2)  # planted
+        self.outputs.append(self.update.params[0] * 2)  # planted
 
 
 @caught_as(NUMBER)
 class FloatRate(After):
     def after(self, images, labels):
-        rate = float(self.learning_rates[self.number])
-        torch._foreach_add_(self.momentum_buffers, self.shadow, alpha=-rate)  # planted
+        rate = float(self.update.learning_rates[self.number])
+        torch._foreach_add_(self.update.momentum_buffers, self.update.shadow, alpha=-rate)  # planted
 
 
 @caught_as(NUMBER)
@@ -287,14 +287,17 @@ class GrowingShape(After):
 @caught_as(ADDRESS)
 class NewGradients(After):
     def after(self, images, labels):
-        for p in self.params:
+        for p in self.update.params:
             p.grad = torch.zeros_like(p)  # planted
 
 
 @caught_as(ADDRESS, "loss.backward(self.part)")
 class GradientsSetToNone(After):
-    def _clear_gradients(self):
-        for p in self.params:
+    def prepare(self):
+        self.update.clear_gradients = self.forget
+
+    def forget(self):
+        for p in self.update.params:
             p.grad = None
 
     def after(self, images, labels):
@@ -304,7 +307,7 @@ class GradientsSetToNone(After):
 @caught_as(ADDRESS)
 class NewMomentum(After):
     def after(self, images, labels):
-        self.momentum_buffers[2] = self.momentum_buffers[2] * 0.9  # planted
+        self.update.momentum_buffers[2] = self.update.momentum_buffers[2] * 0.9  # planted
 
 
 @caught_as(ADDRESS)
@@ -339,4 +342,4 @@ class Failing(After):
 class WrongShape(After):
     def after(self, images, labels):
         with torch.no_grad():
-            self.params[0].add_(labels)  # planted
+            self.update.params[0].add_(labels)  # planted

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rsengine import capture_check
-from rsengine.checks.capture import Report, build_step, check_recipe, check_step, tracing
+from rsengine.checks.capture import Report, check_recipe, check_step, trace_step, tracing
 from rsengine.checks.findings import COPY, Finding
 from rsengine.checks.launches import launch_table
 from rsengine.config import load_recipe, recipe_names
@@ -76,14 +76,21 @@ def serve(connection):
 
 
 def check(name, settings=()):
-    training, evaluation = check_recipe(load_recipe(name).with_settings(settings))
+    reports = check_recipe(load_recipe(name).with_settings(settings))
+    evaluation, training = reports.pop("evaluation step"), reports["training step"]
     names = [operation.name for operation in training.operations]
-    return str(training), names, training.launches, str(evaluation)
+    return "\n".join(map(str, reports.values())), names, training.launches, str(evaluation)
+
+
+def checked_sizes(name, settings=()):
+    """The steps that are checked, and how many operations each has."""
+    reports = check_recipe(load_recipe(name).with_settings(settings))
+    return {name: len(report.operations) for name, report in reports.items()}
 
 
 def check_class(kind):
     with tracing() as device:
-        step, inputs = build_step(load_recipe("quickstart").with_settings(SMALL), device, (8, 8), kind=kind)
+        step, inputs = trace_step(load_recipe("quickstart").with_settings(SMALL), device, (8, 8), kind=kind)
         return check_step(step, inputs).findings
 
 
@@ -106,7 +113,7 @@ def effects():
 )
 def test_every_recipe_can_be_captured(elsewhere, name):
     text, names, launches, evaluation = elsewhere(check, name)
-    assert "can be captured: the same" in text, text
+    assert all(line.startswith("can be captured: the same") for line in text.splitlines()), text
     assert "can be captured: the same" in evaluation, evaluation
     assert 0 < launches < len(names)
     # The fused operators appear as what they are on a GPU, not as the parts of the CPU path.
@@ -154,12 +161,23 @@ def test_a_line_of_the_forward_pass_is_named_for_an_operation_of_the_backward_pa
     assert any("torch.ops.rsengine.squeeze_excite(" in text for text in forward)
 
 
+def test_the_step_is_checked_at_every_size_it_trains_at(elsewhere):
+    settings = [*SMALL, "train.epochs=4", "train.start_scale=0.5", "train.full_scale_from=0.75"]
+    sizes = elsewhere(checked_sizes, "quickstart", settings)
+    steps = sorted(name for name in sizes if name.startswith("training step"))
+    assert steps[0] == "training step" and steps[1] == "training step at 16x16" and len(steps) >= 3
+    assert sizes["training step"] < sizes["training step at 16x16"]  # full-size images are not resized
+    assert "evaluation step" in sizes
+
+
 def test_the_command(elsewhere, capsys, monkeypatch):
     assert elsewhere(capture_check.main, ["--recipe", "quickstart", *(f"--set={s}" for s in SMALL)]) == 0
     assert capture_check.main(["--recipe", "no-such"]) == 2
     assert "expected one of" in capsys.readouterr().err
     bad = Report((Finding(COPY, "aten.x", None, "why"),), ())
-    monkeypatch.setattr(capture_check, "check_recipe", lambda *_: (bad, Report((), ())))
+    monkeypatch.setattr(
+        capture_check, "check_recipe", lambda *_: {"training step": bad, "evaluation step": Report((), ())}
+    )
     assert capture_check.main([]) == 1
     assert "cannot be captured: 1 finding\ncopy between host and device: aten.x" in capsys.readouterr().out
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-import rsengine.engine.step
+import rsengine.engine.update
 
 HOST_READS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
 UNWRITTEN = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # make tensors and fill nothing
@@ -59,8 +59,8 @@ def registered_updates():
         torch.ops.rsengine.ema_update(shadow, params, decay, "eager")
 
     with (
-        mock.patch.object(rsengine.engine.step, "sgd_ema_step", update),
-        mock.patch.object(rsengine.engine.step, "ema_update", average),
+        mock.patch.object(rsengine.engine.update, "sgd_ema_step", update),
+        mock.patch.object(rsengine.engine.update, "ema_update", average),
     ):
         yield
 

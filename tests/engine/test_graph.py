@@ -57,10 +57,10 @@ def run(call, step, count=50, seed=1):
 def state_of(step):
     models = {"model": step.model, "ema": step.ema_model}
     found = {f"{kind}.{name}": t for kind, m in models.items() for name, t in m.state_dict().items()}
-    found |= {f"momentum.{i}": t for i, t in enumerate(step.momentum_buffers)}
+    found |= {f"momentum.{i}": t for i, t in enumerate(step.update.momentum_buffers)}
     accumulators = ("counter", "loss_sum", "correct_sum", "image_count", "first_bad")
     found |= {name: getattr(step, name) for name in accumulators}
-    found["learning rate"] = step.lr_table.gather(0, step.counter.clamp(max=len(step.lr_table) - 1))
+    found["learning rate"] = step.update.lr_table.gather(0, step.counter.clamp(max=len(step.update.lr_table) - 1))
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
@@ -89,7 +89,7 @@ def test_fifty_replays_equal_fifty_plain_steps_bit_for_bit(settings, execution):
     step = make(TrainStep, *settings, execution=execution)
     assert differences(run(capture(step), step), expected) == []
     assert int(step.counter) == 50 and int(step.image_count) == 400 and int(step.first_bad) == -1
-    assert len(set(step.learning_rates[:50])) == 50  # a schedule that stood still would prove nothing
+    assert len(set(step.update.learning_rates[:50])) == 50  # a schedule that stood still would prove nothing
 
 
 def test_building_a_captured_step_leaves_no_trace():
@@ -97,11 +97,11 @@ def test_building_a_captured_step_leaves_no_trace():
     for images, labels in batches(3):  # so that momentum, averages and sums are not zero
         step(images, labels)
     before, rng = state_of(step), torch.get_rng_state()
-    gradients = [p.grad.clone() for p in step.params]
+    gradients = [p.grad.clone() for p in step.update.params]
     capture(step)
     assert differences(state_of(step), before) == []
     assert torch.equal(torch.get_rng_state(), rng)
-    assert all(torch.equal(p.grad, g) for p, g in zip(step.params, gradients, strict=True))
+    assert all(torch.equal(p.grad, g) for p, g in zip(step.update.params, gradients, strict=True))
 
 
 def test_no_python_of_the_step_runs_in_a_replay_and_draws_still_differ():
@@ -172,7 +172,7 @@ class FloatRate(TrainStep):
     done = 0
 
     def __call__(self, images, labels):
-        self.lr_table.fill_(float(self.learning_rates[self.done]))
+        self.update.lr_table.fill_(float(self.update.learning_rates[self.done]))
         super().__call__(images, labels)
         self.done += 1
 
@@ -190,9 +190,11 @@ class StaleTable(TrainStep):
 
     table = None
 
-    def _update(self, grads, *rest):
-        self.table = self.table or grads
-        super()._update(self.table, *rest)
+    def _accumulate(self, *arguments):
+        super()._accumulate(*arguments)
+        self.table = self.table or [p.grad for p in self.update.params]
+        for p, gradient in zip(self.update.params, self.table, strict=True):
+            p.grad = gradient
 
 
 class HostMask(nn.Module):
@@ -239,13 +241,14 @@ def test_a_gradient_whose_address_changes_is_caught():
 
 
 def test_a_state_tensor_that_moves_is_refused():
-    class Reallocates(TrainStep):
-        def _clear_gradients(self):
-            for p in self.params:
-                p.grad = torch.zeros_like(p)
+    step = make()
 
-    step = make(Reallocates)
-    with pytest.raises(RuntimeError, match=rf"step: {len(step.params)} of \d+ state tensors moved"):
+    def reallocate():
+        for p in step.update.params:
+            p.grad = torch.zeros_like(p)
+
+    step.update.clear_gradients = reallocate
+    with pytest.raises(RuntimeError, match=rf"step: {len(step.update.params)} of \d+ state tensors moved"):
         capture(step)
 
 
@@ -336,7 +339,7 @@ def test_a_checkpoint_restored_in_place_goes_on_bit_for_bit_through_a_captured_s
     if restore != "into the same graph":
         step = make()
         with torch.no_grad():
-            step.params[0].add_(1)  # another state than the saved one
+            step.update.params[0].add_(1)  # another state than the saved one
     if restore == "after another capture":
         captured = capture(step)
     step.load_state_dict(saved)
@@ -351,14 +354,13 @@ def test_a_checkpoint_restored_in_place_goes_on_bit_for_bit_through_a_captured_s
 # --- the choice, and the CUDA calls ---------------------------------------------------------------------------------
 
 
-def test_off_cuda_the_plain_step_comes_back_and_says_so_once():
-    step, said = make(), []
-    assert choose_step(step, FP32, say=said.append) is step
-    assert said == ["plain steps (CUDA graphs need a GPU)"]
-    assert choose_step(step, FP32, graph=False, say=None) is step
+def test_off_cuda_the_plain_step_comes_back():
+    step = make()
+    assert choose_step(step, FP32) is step and choose_step(step, FP32, graph=False) is step
 
 
 def test_how_steps_run_is_said_in_words():
+    assert explain_step(FP32) == "plain steps (CUDA graphs need a GPU)"
     cuda = Execution(torch.device("cuda"), None, 1, "test")
     assert explain_step(cuda) == "each step one CUDA-graph replay"
     assert explain_step(cuda, graph=False) == "plain steps as asked, no CUDA graph"

@@ -81,7 +81,7 @@ def test_no_gradient_and_no_momentum_move_nothing():
 
 def test_initial_weights_lie_near_their_spheres():
     step = build(small(), "optimizer.name=muon")
-    for p in step.muon.params:
+    for p in step.update.muon.params:
         assert p.norm().item() == pytest.approx(sphere(p.shape), rel=0.2)
 
 
@@ -90,26 +90,28 @@ def test_the_step_gives_convolutions_to_muon_and_all_else_to_sgd():
     for name, p in [*plain.model.named_parameters(), *step.model.named_parameters()]:
         if name.endswith("bn3.weight"):  # zero at first, and then no gradient reaches the branch
             torch.nn.init.ones_(p)
-    convolutions = [p.dim() == 4 for p in step.params]
-    assert len(step.muon.params) == sum(convolutions) and 0 < sum(convolutions) < len(step.params)
-    before, averages = ([t.detach().clone() for t in tensors] for tensors in (step.params, step.shadow))
+    convolutions = [p.dim() == 4 for p in step.update.params]
+    assert len(step.update.muon.params) == sum(convolutions) and 0 < sum(convolutions) < len(step.update.params)
+    before, averages = ([t.detach().clone() for t in tensors] for tensors in (step.update.params, step.update.shadow))
     for one in (plain, step):
         one(*next(batches(1)))
-    for ours, theirs, old, convolution in zip(step.params, plain.params, before, convolutions, strict=True):
+    for ours, theirs, old, convolution in zip(
+        step.update.params, plain.update.params, before, convolutions, strict=True
+    ):
         assert torch.equal(ours, theirs) != convolution
         if convolution:  # a step to the side, and back onto the sphere
             angle = torch.nn.functional.cosine_similarity(ours.detach().flatten(), old.flatten(), dim=0)
             assert float(angle) == pytest.approx(1 - 0.02**2 / 2, abs=1e-4)
-    decay = step.decay_table[0]
-    for average, p, old in zip(step.shadow, step.params, averages, strict=True):
+    decay = step.update.decay_table[0]
+    for average, p, old in zip(step.update.shadow, step.update.params, averages, strict=True):
         torch.testing.assert_close(average, decay * old + (1 - decay) * p.detach())
 
 
 def test_a_step_of_rate_zero_leaves_the_directions():
     step = build(small(), "optimizer.name=muon", "schedule.learning_rate=0")
-    before = [p.detach().clone() for p in step.muon.params]
+    before = [p.detach().clone() for p in step.update.muon.params]
     step(*next(batches(1)))
-    for p, old in zip(step.muon.params, before, strict=True):
+    for p, old in zip(step.update.muon.params, before, strict=True):
         torch.testing.assert_close(p / p.norm(), old / old.norm())
 
 
@@ -123,4 +125,4 @@ def test_training_goes_on_from_a_saved_state():
     for images, labels in stream[3:]:
         step(images, labels)
         other(images, labels)
-    assert all(torch.equal(a, b) for a, b in zip(step.params, other.params, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(step.update.params, other.update.params, strict=True))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rsengine.device import Execution
-from rsengine.engine.step import clip_by_global_norm_
+from rsengine.engine.update import clip_by_global_norm_
 from rsengine.model import resnet_rs
 from tests.augment.test_mixup import mix_by_hand
 from tests.engine.test_step import FP32, MEAN, STD, batches, build, small
@@ -45,7 +45,7 @@ def run(step, count=5, seed=7):
 
 def state_of(step):
     """Copies of all that a run depends on and reports."""
-    tensors = [*step.model.state_dict().values(), *step.momentum_buffers, step.counter, step.loss_sum]
+    tensors = [*step.model.state_dict().values(), *step.update.momentum_buffers, step.counter, step.loss_sum]
     if step.ema_model is not None:
         tensors += step.ema_model.state_dict().values()
     return [t.clone() for t in [*tensors, step.correct_sum, step.image_count, step.first_bad]]
@@ -88,7 +88,7 @@ def test_batch_norm_sees_one_part_at_a_time():
     (sum(losses) / 2).backward()
     step(images, labels)
     assert step.read_totals().loss == pytest.approx(float(sum(losses).detach()) * 4, rel=1e-5)
-    for ours, theirs in zip(step.params, twin.parameters(), strict=True):
+    for ours, theirs in zip(step.update.params, twin.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
     for (name, ours), theirs in zip(step.model.named_buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=name)
@@ -140,7 +140,7 @@ def test_clipping_bounds_what_reaches_the_weights():
     loose, tight = build(small(), "optimizer.clip_norm=1e6"), build(small(), "optimizer.clip_norm=0.01")
     assert_same_bits(state_of(run(loose)), state_of(run(build(small()))))  # under the limit nothing changes
     run(tight, 1)
-    norm = torch.cat([p.grad.flatten() for p in tight.params]).norm()
+    norm = torch.cat([p.grad.flatten() for p in tight.update.params]).norm()
     assert float(norm) == pytest.approx(0.01, rel=1e-3)
 
 
@@ -158,11 +158,11 @@ def test_keeping_gradients_changes_no_bit(execution, settings):
 def test_kept_gradients_and_all_state_keep_their_addresses():
     step = build(random_small(), *EVERYTHING, execution=BF16, keep_gradients=True)
     addresses = [t.data_ptr() for t in step.state_tensors()]
-    assert {p.grad.data_ptr() for p in step.params} <= set(addresses)
+    assert {p.grad.data_ptr() for p in step.update.params} <= set(addresses)
     for images, labels in batches(5):
         step(images, labels)
         assert [t.data_ptr() for t in step.state_tensors()] == addresses
-        assert all(p.grad.stride() == p.stride() for p in step.params)
+        assert all(p.grad.stride() == p.stride() for p in step.update.params)
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -203,7 +203,7 @@ def test_the_state_is_every_lasting_tensor_that_a_step_changes(keep):
         if not torch.equal(t.flatten().view(torch.uint8), value.flatten().view(torch.uint8))  # NaN equals NaN
     }
     assert changed <= known
-    seen = [step.model.fc.weight, step.shadow[0], step.momentum_buffers[0], step.loss_sum, step.first_bad]
+    seen = [step.model.fc.weight, step.update.shadow[0], step.update.momentum_buffers[0], step.loss_sum, step.first_bad]
     assert {t.data_ptr() for t in seen} <= changed  # the search does find what changes
 
 
@@ -211,7 +211,7 @@ def test_a_warm_up_may_run_past_the_end_of_the_run():
     step = build(small(), steps_per_epoch=1)  # two steps
     run(step, 5)
     assert int(step.counter) == 5
-    learning_rate = float(step.lr_table[-1])
+    learning_rate = float(step.update.lr_table[-1])
     step.momentum, before = 0.0, step.model.fc.bias.detach().clone()
     run(step, 1)
     torch.testing.assert_close(before - learning_rate * step.model.fc.bias.grad, step.model.fc.bias.detach())
@@ -262,7 +262,7 @@ def test_twenty_steps_with_everything_equal_stock_pytorch(keep):
     losses, correct, clipped = 0.0, 0, 0
     torch.manual_seed(11)
     for n, (images, labels) in enumerate(batches(20)):
-        optimizer.param_groups[0]["lr"] = float(step.lr_table[n])
+        optimizer.param_groups[0]["lr"] = float(step.update.lr_table[n])
         mixed, targets = mix_by_hand(images, labels, 0.4, 1.0)
         optimizer.zero_grad()
         for x, y in zip(normalised(mixed).split(4), targets.split(4), strict=True):
