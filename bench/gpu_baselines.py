@@ -7,10 +7,10 @@ baselines' are normalised float32, ours uint8). The baselines have ``torch.backe
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 from typing import Any
 
-from bench.baselines import Case, recipe_of, timm_loop
 from rsengine.checks.gpu.device import Setup, time_in_turn
 from rsengine.checks.gpu.steps import Way, with_benchmark_flag
 
@@ -26,6 +26,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def measure(row: str, setup: Setup) -> dict[str, Any]:
     """``row``: ``"BASELINE, batch N"``. Ratios are medians of rounds in turn, A B A B."""
+    if importlib.util.find_spec("timm") is None:
+        return {"left_out": "timm is not installed"}
+    from bench.baselines import Case, recipe_of, timm_loop
+
     name, _, batch = row.rpartition(", batch ")
     device, case = setup.device, Case(50, stem_width=32, stem_stride=2, size=32, batch=int(batch))
     if not device.is_gpu:  # a dry run
@@ -41,7 +45,7 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
     seconds = {which: [total for total, _ in measured] for which, measured in times.items()}
     ratios = [a / b for a, b in zip(seconds["baseline"], seconds["rsengine"], strict=True)]
     return {
-        "baseline": f"timm resnetrs50, {name}",
+        "baseline": f"timm resnetrs50, {name}" if device.is_gpu else f"a dry run of timm resnetrs50, {name}",
         "batch_size": case.batch,
         "rounds": setup.rounds,
         "round_steps": setup.round_steps,

@@ -9,7 +9,9 @@ without installation. Without a CUDA GPU it says so and changes nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +20,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +29,12 @@ import torch
 from rsengine.checks.gpu import report
 from rsengine.checks.gpu.parts import CARD, PARTS, Part
 from rsengine.checks.gpu.runner import ROOT, Check
+from rsengine.errors import SettingsError, run_command
 from rsengine.run.files import write_atomically
 
 RESULTS, DRY_RUNS = ROOT / "bench" / "results", ROOT / "runs" / "gpu-check"
-SECONDS = 430.0
+SECONDS, LEAST_SECONDS = 430.0, 15.0
+DEVICES = ("cuda", "cpu")
 FINISH_SECONDS = 3.0  # for the last writing
 LOGS = "gpu-check-logs"
 
@@ -38,61 +43,102 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0 all is well or there is no GPU, 1 something is wrong, 2 bad arguments,
     130 interrupted."""
     arguments = _parser().parse_args(argv)
-    names = [name.strip() for name in arguments.parts.split(",")] if arguments.parts else [p.name for p in PARTS]
-    unknown = [name for name in names if name not in {part.name for part in PARTS}]
-    if unknown:
-        known = ", ".join(part.name for part in PARTS)
-        print(f"error: --parts: no part is called {', '.join(unknown)}; there are {known}", file=sys.stderr)
-        return 2
-    parts = [part for name in dict.fromkeys([CARD.name, *names]) for part in PARTS if part.name == name]
+    return run_command(lambda: _check(arguments))
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    parts = _parts(arguments.parts)
     if arguments.list:
         print(listing(parts))
         return 0
+    if arguments.device not in DEVICES:
+        raise SettingsError(f"GPU_DEVICE: expected {' or '.join(DEVICES)}; got {arguments.device!r}")
+    if not arguments.seconds >= LEAST_SECONDS:
+        raise SettingsError(f"--seconds: expected at least {LEAST_SECONDS:g}; got {arguments.seconds:g}")
+    if arguments.out is not None and not arguments.out.strip():
+        raise SettingsError("--out: expected a folder; got an empty name")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("gpu check: this machine has no usable CUDA GPU; nothing was run and nothing was written")
         return 0
-    return _check(parts, arguments)
+    # From here on ended like Ctrl-C: what the parts have started ends with them, and what they found is written.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    out = Path(arguments.out or (RESULTS if arguments.device == "cuda" else DRY_RUNS)).resolve()
+    (out / LOGS).mkdir(parents=True, exist_ok=True)
+    with alone_in(out / LOGS):
+        return _run(parts, arguments, out)
 
 
-def _check(parts: list[Part], arguments: argparse.Namespace) -> int:
+def _parts(names: str | None) -> list[Part]:
+    known = {part.name: part for part in PARTS}
+    if names is None:
+        return list(PARTS)
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in chosen if name not in known]
+    if unknown or not chosen:
+        problem = f"no part is called {', '.join(unknown)}" if unknown else "no part is named"
+        raise SettingsError(f"--parts: {problem}; there are {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys([CARD.name, *chosen])]
+
+
+def _run(parts: list[Part], arguments: argparse.Namespace, out: Path) -> int:
     start = time.monotonic()
-    out = arguments.out or (RESULTS if arguments.device == "cuda" else DRY_RUNS)
-    out.mkdir(parents=True, exist_ok=True)
     stem = f"{card_name(arguments.device)}-{datetime.date.today().isoformat()}"
     call = {"command": shlex.join(["python", "-m", "rsengine.gpu_check", *sys.argv[1:]]), "seconds": 0}
     call |= {"date": datetime.datetime.now().isoformat(" ", "seconds"), "source": source_digest()}
     document = earlier(stem, [out, RESULTS])
     document["calls"].append(call)
     results: report.Results = document["parts"]
-    if arguments.again:
-        for part in parts:
-            results.pop(part.name, None)
+    unwritten: list[str] = []
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - start:5.0f} s] {line}", flush=True)
 
     def write() -> None:
         call["seconds"] = round(time.monotonic() - start)
-        write_atomically(out / f"{stem}.json", (json.dumps(document, indent=1, default=str) + "\n").encode())
-        write_atomically(out / f"{stem}.md", report.render(results, document["calls"]).encode())
+        try:
+            write_atomically(out / f"{stem}.json", (json.dumps(document, indent=1, default=str) + "\n").encode())
+            write_atomically(out / f"{stem}.md", report.render(results, document["calls"]).encode())
+            unwritten.clear()
+        except OSError as error:  # a full disk: what was measured is still printed at the end
+            if not unwritten:
+                say(f"cannot write {out}: {error.strerror}; make room, the results are written again with the next row")
+            unwritten[:] = [f"not written: {out / stem}.json ({error.strerror})"]
 
     check = Check(
         results,
         seconds=arguments.seconds - FINISH_SECONDS,
         device=arguments.device,
         logs=out / LOGS,
+        again=arguments.again,
+        source=call["source"],
         changed=write,
-        say=lambda line: print(f"[{time.monotonic() - start:5.0f} s] {line}", flush=True),
+        say=say,
     )
     interrupted = False
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: the part's processes with it
     try:
         check.run(parts)
     except KeyboardInterrupt:
         interrupted = True
         print("interrupted; what was measured is written, and a second call goes on", flush=True)
     write()
-    print(*report.summary(results), f"wrote {out / stem}.json and .md", sep="\n", flush=True)
+    print(*report.summary(results), *(unwritten or [f"wrote {out / stem}.json and .md"]), sep="\n", flush=True)
     if interrupted:
         return 130
-    return 1 if report.failures(results) else 0
+    return 1 if report.failures(results) or unwritten else 0
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Refuse a second call into the same folder: each would write over what the other has found."""
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SettingsError(
+                f"--out {folder.parent}: another call is running there; wait, or name another"
+            ) from error
+        yield
 
 
 def card_name(device: str) -> str:
@@ -101,13 +147,23 @@ def card_name(device: str) -> str:
 
 
 def earlier(stem: str, folders: list[Path]) -> dict[str, Any]:
-    """What an earlier call of today has found on this card, in the first of ``folders`` that holds it."""
+    """What an earlier call of today has found on this card, in the first of ``folders`` that holds it.
+
+    Raises:
+        SettingsError: the file is damaged, or of something else.
+    """
     for folder in folders:
         file = folder / f"{stem}.json"
-        if file.exists():
+        if not file.exists():
+            continue
+        try:
             found = json.loads(file.read_text())
-            print(f"going on with {file}")
-            return found
+            report.render(found["parts"], found["calls"])  # which looks at all that a call relies on
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise SettingsError(f"{file}: not a result of this check ({problem}); move it away") from error
+        print(f"going on with {file}")
+        return found
     return {"calls": [], "parts": {}}
 
 
@@ -140,12 +196,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, metavar="N", help="end after N seconds (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where results go (default: bench/results/)")
+    parser.add_argument("--out", metavar="DIR", help="where results go (default: bench/results/)")
     parser.add_argument("--list", action="store_true", help="print the parts and their predicted times, and exit")
     parser.add_argument("--again", action="store_true", help="measure anew what an earlier call of today has measured")
     parser.add_argument(
         "--device",
-        choices=("cuda", "cpu"),
+        choices=DEVICES,
         default=os.environ.get("GPU_DEVICE", "cuda"),
         help="cpu: a dry run of what makes sense there, on a tiny network (default: $GPU_DEVICE, else cuda)",
     )

@@ -21,7 +21,7 @@ from rsengine.run.machine import versions
 
 SIZE = (32, 32)  # pixels, height and width
 COPY_BYTES, PRODUCT_SIDE = 2**30, 8192
-LABEL = "rsengine::"  # begins the name of a profiler label that :meth:`Device.launches` looks for
+LABEL = "operator #"  # begins a profiler label that :meth:`Device.launches` looks for; no operator's name does
 
 
 class Work(NamedTuple):
@@ -123,6 +123,7 @@ class Cpu:
     """:class:`Device` of a dry run: nothing is captured, and no profiler sees kernels."""
 
     is_gpu = False
+    name = "CPU, a dry run"
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -146,7 +147,7 @@ class Cpu:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "name": "CPU, a dry run",
+            "name": self.name,
             "copy_gb_per_s": copy_rate(self, 2**26) / 1e9,
             "product_tflop_per_s": product_rate(self, 1024) / 1e12,
             "host": host(),
@@ -261,7 +262,7 @@ def device_work(events: Sequence[Any]) -> list[Work]:
 
 
 def labelled_kernels(events: Sequence[Any]) -> list[tuple[int, list[str]]]:
-    """For each label ``rsengine::i`` among the host's events: ``i``, and the kernels launched in it, in order."""
+    """For each label ``operator #i`` among the host's events: ``i``, and the kernels launched in it, in order."""
     kernels: dict[int, list[str]] = {}
     for event in sorted(events, key=lambda event: event.time_range.start):
         if event.device_type != torch.autograd.DeviceType.CPU or not event.kernels:

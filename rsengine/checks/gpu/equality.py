@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
     steps = [make_step(recipe, device, bf16=bf16, graph=graph) for graph in (False, True)]
     curves: list[list[float]] = [[], []]
     first: dict[str, Any] | None = None
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+    with exact_convolutions():
         runs = [steps[0], capture(steps[1], device, recipe)]
         for number in range(setup.steps):
             for step, run, curve in zip(steps, runs, curves, strict=True):
@@ -55,6 +56,11 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
     wrong = [] if equal else ["captured and plain steps differ by more than the tolerance"]
     wrong += [] if found["learned"] else ["the loss did not fall"]
     return found | {"wrong": wrong}
+
+
+def exact_convolutions() -> AbstractContextManager[None]:
+    """In the block, cuDNN is deterministic and computes float32 without TF32."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def first_difference(number: int, plain: TrainStep, captured: TrainStep, *losses: float) -> dict[str, Any] | None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rsengine.checks.gpu.device import Setup
-from rsengine.checks.gpu.steps import capture, device_batches, make_step, resident_data
+from rsengine.checks.gpu.steps import capture, device_batches, make_step
+from rsengine.checks.gpu.steps import resident_batches as resident_set
 from rsengine.engine.graph import CapturedStep
 from rsengine.input.resident import ResidentData
 
@@ -30,13 +31,14 @@ def masks(setup: Setup) -> dict[str, Any]:
             for tensor, value in zip(step.state_tensors(), state, strict=True):
                 tensor.copy_(value)
         run(*batch)
-        results.append([p.detach().clone() for p in step.params])
+        results.append([p.detach().clone() for p in step.update.params])
     return {"masks_differ": any(not torch.equal(a, b) for a, b in zip(*results, strict=True))}
 
 
 def resident_batches(setup: Setup) -> dict[str, Any]:
-    device, recipe = setup.device, setup.recipe("augment.policy=autoaugment", "augment.cutout_holes=4")
-    keep = _Keep(resident_data(recipe, device, None), device.device)
+    settings = "train.loader=resident", "augment.policy=autoaugment", "augment.cutout_holes=4"
+    device, recipe = setup.device, setup.recipe(*settings)
+    keep = _Keep(resident_set(recipe, device, bf16=False), device.device)
     replay, seen = CapturedStep(keep, (), device.recorder()), []
     for _ in range(4):
         replay()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rsengine.checks.gpu.parts import PARTS
+from rsengine.checks.gpu.device import Cpu
+from rsengine.checks.gpu.parts import PARTS, Part, Row
 
-SUMMARY_LINES, SHOWN_WRONG = 60, 20
+SUMMARY_LINES, SHOWN_WRONG, SHOWN_LEFT_OUT = 60, 15, 5
 Results = dict[str, dict[str, dict[str, Any]]]  # by part and row
 
 
@@ -19,6 +21,7 @@ def summary(results: Results) -> list[str]:
     lines += [f"  {line[:300]}" for line in wrong[:SHOWN_WRONG]]
     if len(wrong) > SHOWN_WRONG:
         lines.append(f"  and {len(wrong) - SHOWN_WRONG} more")
+    lines += [f"left out: {line}"[:300] for line in left_out(results)[:SHOWN_LEFT_OUT]]
     if left:
         lines.append(f"not measured yet; call again to go on: {'; '.join(left)}")
     return [line[:1000] for line in lines[:SUMMARY_LINES]]
@@ -35,13 +38,33 @@ def failures(results: Results) -> list[str]:
 
 
 def missing(results: Results) -> list[str]:
-    """The parts with rows that have no result."""
+    """The parts with rows that have no result; those of a dry run are fewer."""
     lines = []
     for part in PARTS:
-        names = [row.name for row in part.rows if row.name not in results.get(part.name, {})]
+        rows = _possible(results, part)
+        names = [row.name for row in rows if row.name not in results.get(part.name, {})]
         if names:
-            lines.append(f"{part.name} ({' · '.join(names)})" if len(names) < len(part.rows) else part.name)
+            lines.append(f"{part.name} ({' · '.join(names)})" if len(names) < len(rows) else part.name)
     return lines
+
+
+def left_out(results: Results) -> list[str]:
+    """What could not be measured here, and for want of what."""
+    return [
+        f"{part.name}, {name}: {row['left_out']}"
+        for part in PARTS
+        for name, row in results.get(part.name, {}).items()
+        if "left_out" in row
+    ]
+
+
+def _possible(results: Results, part: Part) -> list[Row]:
+    is_dry_run = _card(results).get("name") == Cpu.name
+    return [row for row in part.rows if row.on_cpu or not is_dry_run]
+
+
+def _card(results: Results) -> dict[str, Any]:
+    return results.get("card", {}).get("card", {}).get("device", {})
 
 
 def story(results: Results) -> Iterator[str]:
@@ -56,7 +79,7 @@ def story(results: Results) -> Iterator[str]:
 
 def render(results: Results, calls: Sequence[dict[str, Any]]) -> str:
     """The whole document."""
-    device = results.get("card", {}).get("card", {}).get("device", {})
+    device = _card(results)
     lines = [f"# Measured on {device.get('name', 'a device that did not say its name')}", ""]
     for call in calls:
         lines.append(f"- `{call['command']}`, {call['date']}, {call['seconds']} s, source {call['source']}")
@@ -66,6 +89,7 @@ def render(results: Results, calls: Sequence[dict[str, Any]]) -> str:
         lines.append(f"- clocks: {device.get('clocks')}")
     lines += ["", "## In short", "", *(f"- {line.strip()}" for line in story(results))]
     lines += [f"- **wrong**: {line}" for line in failures(results)]
+    lines += [f"- left out: {line}" for line in left_out(results)]
     if left := missing(results):
         lines.append(f"- not measured: {'; '.join(left)}")
     for title, table in (
@@ -87,11 +111,15 @@ def render(results: Results, calls: Sequence[dict[str, Any]]) -> str:
 
 def _good(results: Results, part: str) -> dict[str, dict[str, Any]]:
     """The rows of a part that were measured: neither left out nor broken off before they had anything."""
-    return {name: row for name, row in results.get(part, {}).items() if row.keys() - {"wrong", "seconds", "left_out"}}
+    return {
+        name: row
+        for name, row in results.get(part, {}).items()
+        if row.keys() - {"wrong", "seconds", "left_out", "source"}
+    }
 
 
 def _device_lines(results: Results) -> Iterator[str]:
-    device = results.get("card", {}).get("card", {}).get("device")
+    device = _card(results)
     if device:
         yield (
             f"{device['name']}: a copy moves {device['copy_gb_per_s']:,.0f} GB/s (read and written), a bfloat16 matrix "
@@ -127,7 +155,19 @@ def _profile_lines(results: Results) -> Iterator[str]:
             f"{row['idle_share']:.0%}; {parts}"
         )
         for kernel in row["largest"][:3]:
-            yield f"  {kernel['share']:.0%} {kernel['count']} × {kernel['name'][:80]}, {_rate(kernel, row)}"
+            of = f" ({', '.join(kernel['parts'])})"
+            yield f"  {kernel['share']:.0%} {kernel['count']} × {short(kernel['name'])}, {_rate(kernel, row)}{of}"
+
+
+def short(name: str, length: int = 80) -> str:
+    """A kernel's name without what all have in common; of a long one the beginning and what it computes."""
+    name = name.removeprefix("void ").replace("at::native::", "").replace("(anonymous namespace)::", "")
+    if len(name) <= length:
+        return name
+    functors = re.findall(r"\w*(?:[Ff]unctor|_kernel|Ops?\b)\w*", name)
+    head = re.match(r"\w*", name)[0]
+    inner = [functor for functor in dict.fromkeys(functors) if functor != head]
+    return f"{head}<… {' '.join(inner[-2:])} …>"[:length] if inner else name[: length - 1] + "…"
 
 
 def _rate(kernel: dict[str, Any], row: dict[str, Any]) -> str:
@@ -171,8 +211,9 @@ def _training_lines(results: Results) -> Iterator[str]:
             continue
         goal = f", {row['goal']:.2%} after {row['seconds_to_goal']:.1f} s" if row["seconds_to_goal"] is not None else ""
         yield (
-            f"{name}: {row['accuracy'][-1]:.2%} after {row['epochs'][-1]} epochs in {row['seconds']:.1f} s{goal}; "
-            f"{row['images_per_second'][-1]:,.0f} images/s in the last; first step after {row['first_step_s']:.1f} s"
+            f"{name}, {row['data']}: {row['accuracy'][-1]:.2%} after {row['epochs'][-1]} epochs in "
+            f"{row['seconds']:.1f} s{goal}; {row['images_per_second'][-1]:,.0f} images/s in the last; first step after "
+            f"{row['first_step_s']:.1f} s"
         )
 
 
@@ -230,7 +271,9 @@ def _profile_tables(results: Results) -> list[str]:
         kernels = []
         for kernel in row["largest"]:
             numbers = str(kernel["count"]), f"{kernel['us']:.1f}", f"{kernel['share']:.1%}"
-            kernels.append([f"`{kernel['name'][:100]}`", *numbers, _rate(kernel, row), ", ".join(kernel["parts"])])
+            kernels.append(
+                [f"`{short(kernel['name'], 100)}`", *numbers, _rate(kernel, row), ", ".join(kernel["parts"])]
+            )
         lines += [*_table("kernel | count: | µs: | share: | rate | part", kernels), ""]
     return lines[:-1]
 
@@ -253,8 +296,8 @@ def _training_table(results: Results) -> list[str]:
         for epoch, accuracy, rate, seconds in zip(
             row["epochs"], row["accuracy"], row["images_per_second"], row["evaluation_s"], strict=True
         ):
-            rows.append([name, str(epoch), f"{accuracy:.2%}", f"{rate:,.0f}", f"{seconds:.2f}"])
-    return _table("run | epoch: | accuracy (EMA): | images/s: | evaluation, s:", rows)
+            rows.append([name, row["data"], str(epoch), f"{accuracy:.2%}", f"{rate:,.0f}", f"{seconds:.2f}"])
+    return _table("run | data | epoch: | accuracy (EMA): | images/s: | evaluation, s:", rows)
 
 
 def _bench_table(results: Results) -> list[str]:
@@ -278,5 +321,14 @@ def _row_table(results: Results) -> list[str]:
             found = results.get(part.name, {}).get(row.name)
             if found is not None:
                 said = "; ".join(found.get("wrong", [])) or found.get("left_out") or "well"
-                rows.append([part.name, row.name, said[:200], f"{found.get('seconds', 0):.0f}", f"{row.seconds:.0f}"])
-    return _table("part | row | result | s: | predicted, s:", rows)
+                rows.append(
+                    [
+                        part.name,
+                        row.name,
+                        said[:200],
+                        f"{found.get('seconds', 0):.0f}",
+                        f"{row.seconds:.0f}",
+                        found.get("source", ""),
+                    ]
+                )
+    return _table("part | row | result | s: | predicted, s: | source", rows)

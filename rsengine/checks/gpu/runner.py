@@ -15,6 +15,7 @@ from typing import Any
 
 from rsengine.checks.gpu.parts import START_SECONDS, Part, Row
 from rsengine.checks.gpu.worker import BROKEN_DEVICE
+from rsengine.data.find import VARIABLE
 
 ROOT = Path(__file__).resolve().parents[3]
 START_LIMIT = 90.0  # seconds until a process has imported what it needs and begun its first row
@@ -30,6 +31,8 @@ class Check:
         results: rows of earlier calls, by part and name; new ones are put into it as soon as they are there.
         seconds: that :meth:`run` may take.
         device: ``"cuda"``, or ``"cpu"`` for a dry run.
+        again: measure what earlier calls have measured too; their results stay until there are new ones.
+        source: of the code that is measured; kept with each row.
         logs: folder of what the parts print.
         changed: called after each change of ``results``.
         say: prints a line.
@@ -42,10 +45,13 @@ class Check:
         seconds: float,
         device: str,
         logs: Path,
+        again: bool = False,
+        source: str = "",
         changed: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.results, self.device, self.logs, self.changed, self.say = results, device, logs, changed, say
+        self.results, self.device, self.logs, self.changed, self.say = results, device, logs.resolve(), changed, say
+        self.again, self.source = again, source
         self._deadline = time.monotonic() + seconds
         self._tried: set[tuple[str, str]] = set()
 
@@ -71,7 +77,7 @@ class Check:
         """The rows without a good result that make sense here: those never tried first."""
         rows = [row for row in part.rows if self.device == "cuda" or row.on_cpu]
         known = self.results.get(part.name, {})
-        rows = [row for row in rows if row.name not in known or known[row.name].get("wrong")]
+        rows = [row for row in rows if self.again or not is_measured(known.get(row.name, {}))]
         return sorted(rows, key=lambda row: row.name in known)
 
     def _fitting(self, rows: Sequence[Row]) -> list[Row]:
@@ -94,6 +100,8 @@ class Check:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *environment.get("PYTHONPATH", "").split(os.pathsep)])
         environment["PYTHONUNBUFFERED"] = "1"
+        if environment.get(VARIABLE) and Path(environment[VARIABLE]).exists():
+            environment[VARIABLE] = str(Path(environment[VARIABLE]).resolve())  # the worker runs in another folder
         limits = {row.name: row.limit for row in rows}
         printed = log.stat().st_size if log.exists() else 0
         with open(log, "ab") as output:
@@ -128,7 +136,7 @@ class Check:
 
     def _record(self, part: Part, name: str, result: dict[str, Any]) -> None:
         self._tried.add((part.name, name))
-        self.results.setdefault(part.name, {})[name] = result
+        self.results.setdefault(part.name, {})[name] = result | {"source": self.source}
         self.changed()
         said = "; ".join(result.get("wrong", [])) or result.get("left_out") or "well"
         self.say(f"  {part.name}, {name}: {said[:300]}{took(result)}")
@@ -144,6 +152,11 @@ class Check:
             wrong = f"the process {ended}" + (f"; it last said: {said.strip()[:200]}" if said else "")
             for name in [state["running"]] if state["running"] else left:
                 self._record(part, name, {"wrong": [wrong]})
+
+
+def is_measured(result: dict[str, Any]) -> bool:
+    """Whether there is a result, nothing is wrong with it, and it was not left out for want of something."""
+    return bool(result) and not result.get("wrong") and "left_out" not in result
 
 
 def took(result: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rsengine.augment import DeviceAugment
 from rsengine.checks.gpu.device import DRY_RUN, Setup
-from rsengine.checks.gpu.equality import loss_difference
+from rsengine.checks.gpu.equality import exact_convolutions, loss_difference
 from rsengine.checks.gpu.steps import capture, device_batches, make_step
 from rsengine.data import find_dataset
 from rsengine.kernels import (
@@ -94,15 +94,16 @@ def augmentation(setup: Setup) -> dict[str, Any]:
 def captured_step(setup: Setup) -> dict[str, Any]:
     recipe = setup.recipe(*DRY_RUN)
     batches, curves = device_batches(recipe, setup.device, 4), []
-    for graph in (False, True):
-        step = make_step(recipe, setup.device, bf16=False, graph=graph)
-        run = capture(step, setup.device, recipe) if graph else step
-        losses = []
-        for number in range(20):
-            run(*batches[number % 4])
-            totals = step.read_totals()
-            losses.append(totals.loss / max(totals.images, 1))
-        curves.append(losses)
+    with exact_convolutions():
+        for graph in (False, True):
+            step = make_step(recipe, setup.device, bf16=False, graph=graph)
+            run = capture(step, setup.device, recipe) if graph else step
+            losses = []
+            for number in range(20):
+                run(*batches[number % 4])
+                totals = step.read_totals()
+                losses.append(totals.loss / max(totals.images, 1))
+            curves.append(losses)
     worst = loss_difference(*curves)
     return {"steps": 20, "difference": worst, "wrong": [] if worst <= 1e-3 else [f"losses differ by {worst:.2g}"]}
 

@@ -12,33 +12,31 @@ import torch
 from rsengine.checks.gpu.device import SIZE, Device
 from rsengine.config import Recipe
 from rsengine.device import Execution
-from rsengine.engine.build import build_model
+from rsengine.engine.build import build_step
 from rsengine.engine.graph import CapturedStep, compile_forward, static_batch
 from rsengine.engine.step import TrainStep
-from rsengine.input.resident import ResidentData
+from rsengine.input.resident import ResidentData, resident_data
 from rsengine.input.transfer import Batch
-from rsengine.model.preprocess import Preprocess
 
 MEAN, STD, CLASSES = (0.5,) * 3, (0.25,) * 3, 10
 STEPS_PER_EPOCH, KEPT_BATCHES = 200, 8
 
 
-def make_step(recipe: Recipe, device: Device, *, bf16: bool, graph: bool, resident: bool = False) -> TrainStep:
+def make_step(recipe: Recipe, device: Device, *, bf16: bool, graph: bool) -> TrainStep:
     """A step of ``recipe``, from weights that its seed decides. ``graph``: one to be captured."""
     torch.manual_seed(recipe.train.seed)
-    preprocess = Preprocess(MEAN, STD, device.device)
-    execution = Execution(device.device, torch.bfloat16 if bf16 else None, 1, "gpu check")
-    data = resident_data(recipe, device, preprocess) if resident else None
-    model = build_model(recipe, CLASSES)
-    return TrainStep(model, recipe, preprocess, execution, STEPS_PER_EPOCH, resident=data, keep_gradients=graph)
+    execution = execution_on(device, bf16)
+    data = resident_batches(recipe, device, bf16) if recipe.train.loader == "resident" else None
+    return build_step(recipe, CLASSES, MEAN, STD, execution, STEPS_PER_EPOCH, resident=data, keep_gradients=graph)
 
 
-def resident_data(recipe: Recipe, device: Device, preprocess: Preprocess | None) -> ResidentData:
+def execution_on(device: Device, bf16: bool) -> Execution:
+    return Execution(device.device, torch.bfloat16 if bf16 else None, 1, "gpu check")
+
+
+def resident_batches(recipe: Recipe, device: Device, bf16: bool) -> ResidentData:
     images, labels = (torch.cat(parts) for parts in zip(*host_batches(recipe, KEPT_BATCHES), strict=True))
-    return ResidentData(
-        images.to(device.device), labels.to(device.device), recipe.train.batch_size, recipe.augment, MEAN,
-        seed=recipe.train.seed, epochs=STEPS_PER_EPOCH, steps_per_epoch=KEPT_BATCHES, preprocess=preprocess,
-    )  # fmt: skip
+    return resident_data(recipe, images, labels, MEAN, STD, execution_on(device, bf16), KEPT_BATCHES)
 
 
 def host_batches(recipe: Recipe, count: int = KEPT_BATCHES) -> list[Batch]:
@@ -77,7 +75,8 @@ class Way:
 
     def prepare(self, recipe: Recipe, device: Device) -> Callable[[], None]:
         """A callable that does one step on a batch that is on the device already; it has run three times."""
-        step = make_step(recipe, device, bf16=True, graph=self.graph, resident=self.resident)
+        recipe = recipe.with_settings([f"train.loader={'resident' if self.resident else 'ffcv'}"])
+        step = make_step(recipe, device, bf16=True, graph=self.graph)
         if self.compile:
             compile_forward(step.model)
         inputs = () if self.resident else device_batches(recipe, device, 1)[0]

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from rsengine.checks.gpu.device import Setup
-from rsengine.checks.gpu.share import OUTCOMES_VARIABLE, SHARE_VARIABLE
+from rsengine.data.beton.processes import follow_parent
 
 ROOT = Path(__file__).resolve().parents[3]
 TESTS = ROOT / "tests" / "kernels" / "jit"
 SHOWN_FAILURES = 40
+MOST_PROCESSES = 32  # each opens the GPU for itself, which takes half a gigabyte there
 
 
 def measure(row: str, setup: Setup) -> dict[str, Any]:
@@ -33,8 +38,12 @@ def kernel_tests(tests: Path, seconds: float, processes: int | None = None) -> d
     spread. A process that dies or is ended leaves the outcomes that it had.
     """
     if not tests.is_dir():
-        return {"left_out": f"{tests} is not here; run it in a copy of the whole repository"}
-    count = processes or os.cpu_count() or 1
+        return {"left_out": f"{tests.name}/ is not here; run it in a copy of the whole repository"}
+    if missing := [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]:
+        return {"left_out": f"{' and '.join(missing)} not installed"}
+    from rsengine.checks.gpu.share import OUTCOMES_VARIABLE, SHARE_VARIABLE  # it imports pytest
+
+    count = processes or min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
     deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         files = [Path(folder) / f"{i}.jsonl" for i in range(count)]
@@ -46,6 +55,7 @@ def kernel_tests(tests: Path, seconds: float, processes: int | None = None) -> d
                 env=os.environ | {SHARE_VARIABLE: f"{i}/{count}", OUTCOMES_VARIABLE: str(file)},
                 stdout=stack.enter_context(open(file.with_suffix(".log"), "wb")),
                 stderr=subprocess.STDOUT,
+                preexec_fn=die_with_this_process(),
             )
             for i, file in enumerate(files)
         ]
@@ -53,11 +63,23 @@ def kernel_tests(tests: Path, seconds: float, processes: int | None = None) -> d
         found = outcomes(files)
         for end, file in zip(ends, files, strict=True):
             if end:
-                tail = file.with_suffix(".log").read_text(errors="replace").strip().splitlines()[-1:]
-                found["wrong"].append(f"process {file.stem} of {count} {end}: {' '.join(tail)[:200]}")
+                said = last_words(file.with_suffix(".log").read_text(errors="replace"))
+                found["wrong"].append(f"process {file.stem} of {count} {end}: {said}")
     if not found["passed"]:
         found["wrong"].append("no test passed")
     return found | {"processes": count}
+
+
+def die_with_this_process() -> Callable[[], None]:
+    """For ``preexec_fn``: ``kill -9`` of this process is to leave nothing on the GPU."""
+    return functools.partial(follow_parent, os.getpid(), signal.SIGKILL)
+
+
+def last_words(text: str) -> str:
+    """The line of a log that says most: the last error that pytest or Python names, else the last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith(("E  ", "error:")) or re.match(r"\w+(Error|Exception):", line)]
+    return (errors or lines or ["nothing"])[-1].removeprefix("E").strip()[:300]
 
 
 def _wait(process: subprocess.Popen, deadline: float) -> str:
@@ -89,13 +111,17 @@ def outcomes(files: Iterable[Path]) -> dict[str, Any]:
 
 def benchmark(function: str, seconds: float) -> dict[str, Any]:
     """One function of ``bench/test_kernels.py``, without the rows that ``torch.compile`` holds up."""
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        return {"left_out": "pytest-benchmark is not installed"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "benchmarks.json"
         command = [sys.executable, "-m", "pytest", f"bench/test_kernels.py::{function}", "--benchmark-only", "-q"]
         options = ["-m", "not slow", "-p", "no:cacheprovider", f"--benchmark-json={out}"]
         status: int | str
         try:
-            status = subprocess.run([*command, *options], cwd=ROOT, timeout=seconds).returncode
+            status = subprocess.run(
+                [*command, *options], cwd=ROOT, timeout=seconds, preexec_fn=die_with_this_process()
+            ).returncode
         except subprocess.TimeoutExpired:
             status = "timeout"
         rows = json.loads(out.read_text())["benchmarks"] if out.exists() and out.stat().st_size else []

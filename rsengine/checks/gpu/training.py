@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from rsengine.checks.gpu.device import Setup
+from rsengine.checks.gpu.suites import die_with_this_process, last_words
 from rsengine.data import find_dataset
 from rsengine.run.log import EPOCH, METRICS_FILE, START
 
-GOAL = 0.9119  # the test accuracy of the report that this project grew out of
+GOAL = 0.9119  # on CIFAR-10: the test accuracy of the report that this project grew out of
 DRY_RUN = ("--set", "train.limit_train_batches=4", "--epochs", "2")
 ARGUMENTS = {
     "quickstart, FFCV": ("--recipe", "quickstart", "--set", "train.loader=ffcv"),
@@ -35,30 +36,35 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "rsengine.train", *ARGUMENTS[row], "--data", str(dataset.folder)]
         command += ["--device", setup.device.device.type, *dry_run]
-        out = Path(folder) / "run"
+        out, printed = Path(folder) / "run", Path(folder) / "output"
         status: int | str
-        try:
-            status = subprocess.run(
-                [*command, "--out", str(out)], timeout=max(1.0, setup.seconds - conversion)
-            ).returncode
-        except subprocess.TimeoutExpired:
-            status = "timeout"
+        with printed.open("wb") as output:
+            try:
+                status = subprocess.run(
+                    [*command, "--out", str(out)],
+                    timeout=max(1.0, setup.seconds - conversion),
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    preexec_fn=die_with_this_process(),
+                ).returncode
+            except subprocess.TimeoutExpired:
+                status = "timeout"
+        said = printed.read_text(errors="replace")
+        setup.log(said)
         log = out / METRICS_FILE
         records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    wrong = [f"the run ended with status {status}"] if status else []
-    about = {
-        "data": dataset.name,
-        "conversion_s": round(conversion, 1),
-        "command": " ".join(["python -m rsengine.train", *ARGUMENTS[row]]),
-    }
-    return summary(records) | about | {"wrong": wrong}
+    wrong = [f"the run ended with status {status}: {last_words(said)}"] if status else []
+    goal = GOAL if dataset.name.startswith("cifar10") and not dataset.name.startswith("cifar100") else None
+    about = {"data": dataset.name, "conversion_s": round(conversion, 1)}
+    about["command"] = " ".join(["python -m rsengine.train", *ARGUMENTS[row]])
+    return summary(records, goal) | about | {"wrong": wrong}
 
 
-def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The story of a run: its start, images/s and accuracy by epoch, and when it reached :data:`GOAL`."""
+def summary(records: list[dict[str, Any]], goal: float | None) -> dict[str, Any]:
+    """The story of a run: its start, images/s and accuracy by epoch, and when it reached the accuracy ``goal``."""
     start = next((record for record in records if record["kind"] == START), {})
     epochs = [record for record in records if record["kind"] == EPOCH]
-    reached = next((record for record in epochs if _accuracy(record) >= GOAL), None)
+    reached = next((record for record in epochs if goal and _accuracy(record) >= goal), None)
     return {
         "first_step_s": start.get("time_to_first_step"),
         "graph": start.get("graph"),
@@ -67,7 +73,7 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
         "images_per_second": [record["images_per_second"] for record in epochs],
         "evaluation_s": [record["eval_seconds"] for record in epochs],
         "seconds": epochs[-1]["seconds"] if epochs else None,
-        "goal": GOAL,
+        "goal": goal,
         "seconds_to_goal": reached["seconds"] if reached else None,
     }
 

@@ -45,18 +45,16 @@ def main(argv: list[str] | None = None) -> int:
         started = time.monotonic()
         write(arguments.file, state)
         seconds = min(float(limit), deadline - started) - MARGIN_SECONDS
-        broken = False
         try:
             result = module.measure(row, dataclasses.replace(setup, seconds=max(seconds, 1.0)))
         except Exception as error:  # a row that fails is a result, and the others run
             traceback.print_exc()
             result = {"wrong": [f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]]}
-            broken = not answers(setup)
         gc.collect()  # steps and graphs hold each other in circles, and memory that the next row wants
         state["rows"][row] = result | {"seconds": round(time.monotonic() - started, 2)}
         state |= {"running": None, "since": time.time()}
         write(arguments.file, state)
-        if broken:
+        if not answers(setup):  # asked after a good row too: a row may have caught what broke the device
             return BROKEN_DEVICE
     return 0
 

@@ -267,9 +267,10 @@ def test_what_a_label_launched_is_read_from_the_profilers_events():
         outer,
         event("aten::copy_", 1, event("aten::to", 1, outer), ["cast"]),
         event("aten::other", 7, kernels=["unlabelled"]),
+        event("rsengine::sgd_ema_step", 4, outer, ["update"]),  # as our own operators are called
         event("gemm", 2, device=cuda),
     ]
-    assert labelled_kernels(events) == [(3, ["cast", "gemm"]), (12, ["triton"])]
+    assert labelled_kernels(events) == [(3, ["cast", "gemm", "update"]), (12, ["triton"])]
 
 
 # --- kernels and the first look ---------------------------------------------------------------------------------------

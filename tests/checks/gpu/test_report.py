@@ -10,7 +10,9 @@ import torch
 
 from rsengine import gpu_check
 from rsengine.checks.gpu import report, suites, training
+from rsengine.checks.gpu.device import Cpu
 from rsengine.checks.gpu.parts import PARTS
+from rsengine.errors import SettingsError
 
 ROOT = Path(__file__).parents[3]
 
@@ -53,6 +55,7 @@ EQUAL = {
 RUN = {
     "first_step_s": 21.5, "graph": True, "epochs": [1, 2], "accuracy": [0.5, 0.795], "evaluation_s": [0.3, 0.2],
     "images_per_second": [40_000.0, 41_000.0], "seconds": 18.5, "goal": 0.9119, "seconds_to_goal": None, "wrong": [],
+    "data": "cifar10",
 }  # fmt: skip
 DEVICE = {
     "name": "Example GPU", "copy_gb_per_s": 2987.6, "product_tflop_per_s": 700.0, "cuda": "13.0", "clocks": "1,980 MHz",
@@ -61,7 +64,7 @@ DEVICE = {
 RESULTS = {
     "card": {"card": {"device": DEVICE, "choices": [], "wrong": [], "seconds": 5.0}},
     "smoke": {
-        "feeder": {"left_out": "FFCV is not installed", "seconds": 0.1},
+        "feeder": {"left_out": "FFCV is not installed", "seconds": 0.1, "source": "abc"},
         "update": {"wrong": ["Triton and eager differ by 0.3, relative"], "seconds": 1.2},
     },
     "equality": {
@@ -132,15 +135,17 @@ def test_the_story_comes_first_and_says_what_matters():
         "- batch 512: 48,000 images/s, 4.00 times timm resnetrs50, bfloat16, channels_last (12,000), the best of 1 "
         "baselines; median of 5 rounds in turn",
         "- report-1, batch 128: 900 kernels a captured step, 1.00 ms of them, idle 10%; batch norm 60%",
-        "- 30% 56 × batch_norm_kernel, 1,500 GB/s (50% of the copy)",
-        "- 30% 56 × gemm | bf16, 350.0 TFLOP/s (50% of the product)",
+        "- 30% 56 × batch_norm_kernel, 1,500 GB/s (50% of the copy) (p)",
+        "- 30% 56 × gemm | bf16, 350.0 TFLOP/s (50% of the product) (p)",
         "- kernels: 1 of 2 cases are no slower than eager",
         "- slower than eager: slow: 350.0 µs, eager 70.0",
         "- captured against plain, float32: 200 steps, equal to the bit; largest difference of a loss 0, of a tensor "
         "2e-06",
         "- kernel tests, natively: 200 passed, 1 failed, 2 skipped",
         "- 93% of the time of the batches' copies lies under kernels",
-        "- quickstart, FFCV: 79.50% after 2 epochs in 18.5 s; 41,000 images/s in the last; first step after 21.5 s",
+        "- quickstart, FFCV, cifar10: 79.50% after 2 epochs in 18.5 s; 41,000 images/s in the last; first step after "
+        "21.5 s",
+        "- left out: smoke, feeder: FFCV is not installed",
         "- **wrong**: smoke, update: Triton and eager differ by 0.3, relative",
         "- **wrong**: baselines, d: the process was ended by SIGKILL",
     ):
@@ -159,9 +164,9 @@ def test_the_tables():
         "| timm resnetrs50, torch.compile | 128 | 9,000 | 49,500 | 5.50 (5.40 to 5.60) |",
         "| sgd_ema_step | 943,000,000 | 315.6 | 350.0 | 1.11 | 2.00 |",
         "| ema_update | no |  |  |  |  |",
-        "| quickstart, FFCV | 2 | 79.50% | 41,000 | 0.20 |",
+        "| quickstart, FFCV | cifar10 | 2 | 79.50% | 41,000 | 0.20 |",
         "| `test_sgd_ema_step[triton]` | 400.0 | 200 | 2357.5 | 0.789 | eager 2.1, foreach 3.3 |",
-        "| smoke | feeder | FFCV is not installed | 0 | 3 |",
+        "| smoke | feeder | FFCV is not installed | 0 | 3 | abc |",
     ):
         assert line in lines, line
     assert "called a synchronizing CUDA operation |" in text
@@ -185,6 +190,29 @@ def test_the_summary_is_short_however_much_is_wrong():
     )
     assert max(map(len, lines)) <= 1000
     assert lines[-1].startswith("not measured yet; call again to go on: smoke (cross-entropy")
+
+
+def test_what_a_dry_run_cannot_measure_is_not_missing():
+    card = {"card": {"card": {"device": DEVICE | {"name": Cpu.name}, "wrong": []}}}
+    assert not [line for line in report.missing(card) if line.startswith(("equality", "smoke (cross"))]
+    assert any(line.startswith("throughput") for line in report.missing(card))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("_single_pass_forward", "_single_pass_forward"),
+        ("void at::native::(anonymous namespace)::batch_norm<float>(int)", "batch_norm<float>(int)"),
+        (
+            "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<at::native::CUDAFunctor_add"
+            "<c10::BFloat16> >(at::TensorIteratorBase&, at::native::CUDAFunctor_add<c10::BFloat16> const&)",
+            "elementwise_kernel<… gpu_kernel_impl_nocast CUDAFunctor_add …>",
+        ),
+        ("x" * 200, "x" * 79 + "…"),
+    ],
+)
+def test_a_long_name_of_a_kernel_says_what_it_computes(name, expected):
+    assert report.short(name) == expected
 
 
 def test_a_summary_of_nothing():
@@ -228,6 +256,14 @@ def test_kernel_tests_that_crash_or_hang_leave_what_passed(tmp_path):
     assert suites.kernel_tests(tmp_path / "missing", 20)["left_out"]
 
 
+def test_the_words_that_say_most_of_a_log_are_its_last_error():
+    log = "collected\nE   ModuleNotFoundError: No module named 'x'\n=== short ===\n1 error in 0.3s\n"
+    assert suites.last_words(log) == "ModuleNotFoundError: No module named 'x'"
+    assert suites.last_words("a\nerror: no data set: set RSENGINE_DATA\nb") == "error: no data set: set RSENGINE_DATA"
+    assert suites.last_words("RuntimeError: no\n") == "RuntimeError: no"
+    assert suites.last_words("one\ntwo\n") == "two" and suites.last_words("") == "nothing"
+
+
 def test_no_test_is_wrong(tmp_path):
     found = suites.kernel_tests(tmp_path, 60, processes=1)
     assert found["wrong"] == ["no test passed"]
@@ -252,9 +288,10 @@ def test_the_summary_of_a_run():
         epoch | {"epoch": 2, "seconds": 20.0, "test_accuracy_ema": 0.912},
         epoch | {"epoch": 3, "seconds": 30.0, "test_accuracy_ema": 0.92},
     ]
-    found = training.summary(records)
+    found = training.summary(records, 0.9119)
     assert found["accuracy"] == [0.9, 0.912, 0.92] and found["seconds_to_goal"] == 20.0 and found["seconds"] == 30.0
-    assert found["first_step_s"] == 2.5 and training.summary([])["seconds"] is None
+    assert found["first_step_s"] == 2.5 and training.summary([], 0.9119)["seconds"] is None
+    assert training.summary(records, None)["seconds_to_goal"] is None  # the goal is one of CIFAR-10
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -268,9 +305,48 @@ def test_without_a_gpu_it_says_so_and_changes_nothing(capsys, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_part_is_one_line_with_those_there_are(capsys):
-    assert gpu_check.main(["--parts", "smoke,compile"]) == 2
-    assert capsys.readouterr().err.startswith("error: --parts: no part is called compile; there are card, smoke,")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--parts", "smoke,compile"], "--parts: no part is called compile; there are card, smoke, equality,"),
+        (["--parts", " , "], "--parts: no part is named; there are card, smoke,"),
+        (["--seconds", "nan"], "--seconds: expected at least 15; got nan"),
+        (["--seconds", "-5"], "--seconds: expected at least 15; got -5"),
+        (["--out", ""], "--out: expected a folder; got an empty name"),
+        (["--out", "file/x"], "[Errno 20] Not a directory: "),
+    ],
+)
+def test_a_bad_argument_is_one_line_with_the_remedy(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert gpu_check.main(["--device", "cpu", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {said}") and captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_another_device_in_the_environment_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("GPU_DEVICE", "tpu")
+    assert gpu_check.main([]) == 2
+    assert capsys.readouterr().err == "error: GPU_DEVICE: expected cuda or cpu; got 'tpu'\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"calls": [', '{"calls": [], "parts": []}', '{"calls": [{}], "parts": {}}',
+     '{"calls": [], "parts": {"card": null}}', '{"calls": [], "parts": {"baselines": {"a": {"x": 1}}}}'],
+)  # fmt: skip
+def test_a_damaged_earlier_result_is_refused(text, tmp_path):
+    (tmp_path / "gpu-x.json").write_text(text)
+    with pytest.raises(SettingsError, match=r"gpu-x.json: not a result of this check \(.*\); move it away"):
+        gpu_check.earlier("gpu-x", [tmp_path])
+
+
+def test_a_second_call_into_the_same_folder_is_refused(tmp_path):
+    refused = pytest.raises(SettingsError, match="another call is running there; wait, or name another")
+    with gpu_check.alone_in(tmp_path), refused, gpu_check.alone_in(tmp_path):
+        pass
+    with gpu_check.alone_in(tmp_path):
+        pass
 
 
 def test_the_times_on_paper_are_those_of_the_parts(capsys):
@@ -283,8 +359,8 @@ def test_the_times_on_paper_are_those_of_the_parts(capsys):
 
 def test_a_second_call_of_the_day_goes_on_wherever_the_first_wrote(tmp_path, capsys):
     assert gpu_check.earlier("gpu-x", [tmp_path]) == {"calls": [], "parts": {}}
-    (tmp_path / "gpu-x.json").write_text('{"calls": [1], "parts": {"smoke": {}}}')
-    assert gpu_check.earlier("gpu-x", [tmp_path / "none", tmp_path])["calls"] == [1]
+    (tmp_path / "gpu-x.json").write_text(json.dumps({"calls": CALLS, "parts": RESULTS}))
+    assert gpu_check.earlier("gpu-x", [tmp_path / "none", tmp_path])["calls"] == CALLS
     assert "going on with" in capsys.readouterr().out
 
 

@@ -32,7 +32,20 @@ def run(parts, folder, results=None, seconds=120.0):
 
 @pytest.fixture(scope="module")
 def survived(tmp_path_factory):
-    rows = ["first", "raises", "prints", "is killed", "breaks the device", "after", "hangs", "crashes", "exits", "last"]
+    rows = [
+        "first",
+        "raises",
+        "prints",
+        "is killed",
+        "breaks the device",
+        "after",
+        "hides a broken device",
+        "next",
+        "hangs",
+        "crashes",
+        "exits",
+        "last",
+    ]
     changes = []
     results = {}
     folder = tmp_path_factory.mktemp("logs")
@@ -46,7 +59,7 @@ def survived(tmp_path_factory):
 def test_no_row_costs_another_its_result(survived):
     results, _, rows = survived
     assert set(results["faulty"]) == set(rows)
-    for name in ("first", "prints", "after", "last"):
+    for name in ("first", "prints", "after", "next", "last"):
         assert results["faulty"][name]["wrong"] == [], name
     assert results["other"]["other"]["wrong"] == []
 
@@ -67,7 +80,7 @@ def test_a_lost_device_is_left_behind_with_its_process(survived):
 
 
 def test_every_result_is_handed_on_as_soon_as_it_is_there(survived):
-    assert survived[1] == [*range(1, 11), 10]  # the other part's row changes nothing in this one
+    assert survived[1] == [*range(1, 13), 12]  # the other part's row changes nothing in this one
 
 
 def test_a_second_call_runs_what_is_missing_and_what_went_wrong_last(tmp_path):
@@ -76,6 +89,17 @@ def test_a_second_call_runs_what_is_missing_and_what_went_wrong_last(tmp_path):
     again, said = run([part("good", "raises", "new")], tmp_path, results)
     assert again["faulty"]["good"]["pid"] == pid and again["faulty"]["new"]["wrong"] == []
     assert said[0].startswith("faulty: new, raises ")
+
+
+def test_what_was_left_out_is_tried_again_and_a_good_row_only_when_asked(tmp_path):
+    known = {"good": {"pid": 0, "wrong": []}, "other": {"left_out": "FFCV is not installed"}}
+    results, _ = run([part("good", "other")], tmp_path, {"faulty": dict(known)})
+    assert results["faulty"]["good"]["pid"] == 0 and results["faulty"]["other"]["pid"]
+    results = {"faulty": dict(known)}
+    Check(results, seconds=3.0, device="cpu", logs=tmp_path, again=True).run([part("good")])
+    assert results["faulty"]["good"]["pid"] == 0  # no time: what was there stays
+    Check(results, seconds=60.0, device="cpu", logs=tmp_path, again=True, source="abc").run([part("good")])
+    assert results["faulty"]["good"]["pid"] and results["faulty"]["good"]["source"] == "abc"
 
 
 def test_the_time_of_a_call_is_kept_and_the_row_cut_off_is_still_missing(tmp_path):
@@ -174,12 +198,13 @@ def test_it_works_in_a_copied_tree_without_installation_and_without_ffcv(tmp_pat
         "sys.modules['ffcv'] = None\n"
     )
     done = subprocess.run(
-        command("--parts", "smoke,train", "--out", tmp_path / "out", "--seconds", 100), cwd=tree, text=True,
+        command("--parts", "smoke,train", "--out", "../out", "--seconds", 100), cwd=tree, text=True,
         env=os.environ | {"PYTHONPATH": str(blocked.parent)}, capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = (tmp_path / "out").glob("*.json")
     parts = json.loads(file.read_text())["parts"]
+    assert "left out: smoke, feeder: FFCV is not installed" in done.stdout
     assert parts["smoke"]["feeder"]["left_out"] == "FFCV is not installed"
     assert "FFCV is not installed" in parts["train"]["quickstart, resident"]["left_out"]
     assert parts["card"]["card"]["device"]["copy_gb_per_s"] > 0
