@@ -1,7 +1,8 @@
 """A run is one complete, frozen :class:`Recipe`: read from TOML, changed by ``section.key=value``, written back whole.
 
-Every field carries its own check, so that a wrong key or value is refused with its name, what is allowed and the
-nearest match, before anything else happens.
+A recipe file may begin with ``extends = "NAME"``; it then states only what differs from that shipped recipe. Every
+field carries its own check, so that a wrong key or value is refused with its name, what is allowed and the nearest
+match, before anything else happens.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -244,12 +246,16 @@ class Recipe:
 
     @staticmethod
     def from_toml(text: str, origin: str = "recipe") -> Recipe:
-        """Parse a recipe; fields it leaves out take their defaults. Raises :class:`RecipeError`."""
-        try:
-            values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"{origin}: not valid TOML: {error}") from error
-        return _build(Recipe, values, "")
+        """Parse a recipe. Fields that it leaves out take the values of the recipe it extends, or their defaults.
+
+        Raises:
+            RecipeError: the text is not TOML, a key or a value is not allowed, or ``extends`` names no shipped recipe.
+        """
+        return _read(text, origin, ())
+
+    def with_values(self, values: Mapping[str, Any]) -> Recipe:
+        """Replace the fields that ``values``, laid out as in a recipe file, has. Raises :class:`RecipeError`."""
+        return _replaced(self, values, "")
 
     @property
     def batches_are_normalised(self) -> bool:
@@ -283,8 +289,7 @@ class Recipe:
 
 def recipe_names() -> list[str]:
     """The recipes that come with rsengine."""
-    folder = resources.files("rsengine") / "recipes"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(entry.name.removesuffix(".toml") for entry in _shipped().iterdir() if entry.name.endswith(".toml"))
 
 
 def load_recipe(name_or_path: str) -> Recipe:
@@ -298,7 +303,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     if name_or_path not in names:
         nearest = _nearest(name_or_path, names)
         raise RecipeError(f"--recipe {name_or_path}: expected one of {', '.join(names)}, or a .toml file{nearest}")
-    return Recipe.from_toml((resources.files("rsengine") / "recipes" / f"{name_or_path}.toml").read_text("utf-8"))
+    return Recipe.from_toml((_shipped() / f"{name_or_path}.toml").read_text("utf-8"), name_or_path)
 
 
 def describe() -> str:
@@ -320,19 +325,44 @@ def _leaves(section: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
     return found
 
 
-def _build(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
-    specs = {spec.name: spec for spec in fields(kind)}
-    arguments = {}
+def _shipped() -> Traversable:
+    return resources.files("rsengine") / "recipes"
+
+
+def _read(text: str, origin: str, extended_by: tuple[str, ...]) -> Recipe:
+    """Parse a recipe that the recipes ``extended_by``, outermost first, extend."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{origin}: not valid TOML: {error}") from error
+    if "extends" not in values:
+        return Recipe().with_values(values)
+    name, chain, names = values.pop("extends"), (*extended_by, origin), recipe_names()
+    if name not in names:
+        expected = f"extends: expected one of {', '.join(names)}"
+        raise RecipeError(f"{origin}: {expected}; got {name!r}{_nearest(name, names)}")
+    if name in chain:
+        raise RecipeError(f"{origin}: extends: expected no circle; got {' -> '.join((*chain, name))}")
+    base = _read((_shipped() / f"{name}.toml").read_text("utf-8"), name, chain)
+    # A name and a comment belong to one file: those of the base would say what this recipe is not.
+    return replace(base, name=Recipe.name, comment=Recipe.comment).with_values(values)
+
+
+def _replaced(section: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    """``section``, a recipe or a part of one, with ``values`` in place of its own."""
+    specs = {spec.name: spec for spec in fields(section)}
+    changes = {}
     for name, value in values.items():
         if name not in specs:
-            raise RecipeError(_unknown(prefix + name, [prefix + known for known in specs]))
+            first = [] if prefix else ["extends"]  # a key of files, not of recipes
+            raise RecipeError(_unknown(prefix + name, first + [prefix + known for known in specs]))
         if "check" in specs[name].metadata:
-            arguments[name] = _checked(prefix + name, specs[name], value)
+            changes[name] = _checked(prefix + name, specs[name], value)
         elif isinstance(value, Mapping):
-            arguments[name] = _build(specs[name].default_factory, value, f"{prefix}{name}.")
+            changes[name] = _replaced(getattr(section, name), value, f"{prefix}{name}.")
         else:
             raise RecipeError(f"{prefix}{name}: expected a section [{name}]; got {value!r}")
-    return kind(**arguments)
+    return replace(section, **changes)
 
 
 def _parsed(text: str) -> Any:

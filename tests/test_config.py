@@ -118,6 +118,49 @@ def test_unknown_recipes_are_named(tmp_path):
         load_recipe(str(tmp_path / "none.toml"))
 
 
+def test_a_recipe_that_extends_another_states_only_what_differs():
+    base = load_recipe("report-1")
+    recipe = Recipe.from_toml(
+        'extends = "report-1"\nname = "wide"\n[model]\nstem_width = 128\n[train]\nbatch_size = 64'
+    )
+    assert recipe == base.with_settings(["name=wide", 'comment=""', "model.stem_width=128", "train.batch_size=64"])
+    assert Recipe.from_toml(recipe.to_toml()) == recipe and "extends" not in recipe.to_toml()
+    # The name and the comment of the base would say of this recipe what it is not.
+    unnamed = Recipe.from_toml('extends = "report-1"')
+    assert (unnamed.name, unnamed.comment) == ("custom", "")
+
+
+def test_extends_follows_a_chain_and_refuses_circles_and_unknown_recipes(tmp_path, monkeypatch):
+    monkeypatch.setattr("rsengine.config._shipped", lambda: tmp_path)
+    for name, text in {
+        "first": "[model]\nstem_width = 8\n[train]\nepochs = 3\nseed = 1",
+        "second": 'extends = "first"\n[train]\nepochs = 4\nbatch_size = 96',
+        "third": 'extends = "second"\n[train]\nmicro_batches = 3',  # a divisor of the base's batch, not of the default
+        "circle": 'extends = "back"',
+        "back": 'extends = "circle"',
+        "itself": 'extends = "itself"',
+        "lost": 'extends = "secnod"',
+        "wrong": "extends = 3",
+        "misspelt": 'extend = "first"',
+    }.items():
+        (tmp_path / f"{name}.toml").write_text(text, encoding="utf-8")
+    third = load_recipe("third")
+    assert (third.model.stem_width, third.train.epochs, third.train.batch_size, third.train.seed) == (8, 4, 96, 1)
+    path = tmp_path / "of-mine.toml"
+    path.write_text('extends = "third"', encoding="utf-8")
+    assert load_recipe(str(path)) == third
+    for name, words in {
+        "circle": "back: extends: expected no circle; got circle -> back -> circle",
+        "itself": "itself: extends: expected no circle; got itself -> itself",
+        "lost": "lost: extends: expected one of .*; got 'secnod'; did you mean second?",
+        "wrong": "extends: expected one of .*; got 3",
+        "misspelt": "extend: no such key; did you mean extends?",
+    }.items():
+        with pytest.raises(RecipeError, match=words.replace("?", r"\?")) as caught:
+            load_recipe(name)
+        assert "\n" not in str(caught.value)
+
+
 def test_describe_names_every_key():
     lines = describe().splitlines()
     assert "schedule.name = 'cosine': shape of the learning rate (one of cosine," in "\n".join(lines)
