@@ -3,14 +3,13 @@
 The recipe `speedrun` with three seeds and `speedrun-94`, each to its end; timm's resnetrs50
 (:mod:`bench.speedrun.timm`) and the report's recipe 4 for --minutes at most, evaluation included. Ctrl-C stops; the
 same command goes on: a run that was broken off is resumed and a finished one only says its result again. What has
-finished is kept in docs/test-set/ and in docs/speedrun.md.
+finished is kept in test_set.jsonl (:mod:`bench.speedrun.runs`) and in docs/speedrun.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +17,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.speedrun import table
+from bench.speedrun import runs, table
 from rsengine.run.checkpoint import FILE
-from rsengine.run.log import METRICS_FILE, RunLog
-from rsengine.train import RECIPE_FILE
+from rsengine.run.log import RunLog
 
-PEERS = ("timm-resnetrs50", "report-4")  # stopped by the clock; rsengine's own recipes have as many epochs as fit
+BASELINES = ("timm-resnetrs50", "report-4")  # stopped by the clock; rsengine's own recipes have as many epochs as fit
 
 
 def commands(out: Path, data: str | None, seeds: Sequence[int]) -> dict[str, list[str]]:
@@ -37,11 +35,11 @@ def commands(out: Path, data: str | None, seeds: Sequence[int]) -> dict[str, lis
         resumed = (out / name / FILE).exists()
         return command("rsengine.train", name, *(["--resume"] if resumed else ["--recipe", recipe, *options]))
 
-    runs = {name: recipe("speedrun", name, "--seed", str(seed)) for seed in seeds for name in [f"speedrun-seed{seed}"]}
-    runs["timm-resnetrs50"] = command("bench.speedrun.timm", "timm-resnetrs50")  # goes on by itself
-    runs["report-4"] = recipe("report-4", "report-4")
-    runs["speedrun-94"] = recipe("speedrun-94", "speedrun-94")
-    return runs
+    found = {name: recipe("speedrun", name, "--seed", str(seed)) for seed in seeds for name in [f"speedrun-seed{seed}"]}
+    found["timm-resnetrs50"] = command("bench.speedrun.timm", "timm-resnetrs50")  # goes on by itself
+    found["report-4"] = recipe("report-4", "report-4")
+    found["speedrun-94"] = recipe("speedrun-94", "speedrun-94")
+    return found
 
 
 def run(command: Sequence[str], folder: Path, *, seconds: float, poll: float = 5.0, cwd: Path | None = None) -> int:
@@ -72,27 +70,25 @@ def main() -> int:
     parser.add_argument("--data", help="as of python -m rsengine.train")
     parser.add_argument("--out", type=Path, default=Path("runs/speedrun"), help="folder of the runs (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", metavar="RUN", help="some of the runs, by the names in docs/test-set/")
-    parser.add_argument("--minutes", type=float, default=60.0, help="longest run of a peer (default: %(default)g)")
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="some of the runs, by their names in test_set.jsonl")
+    parser.add_argument("--minutes", type=float, default=60.0, help="longest run of a baseline (default: %(default)g)")
     arguments = parser.parse_args()
-    runs = commands(arguments.out, arguments.data, arguments.seeds)
-    unknown = set(arguments.only or []) - set(runs)
+    known = commands(arguments.out, arguments.data, arguments.seeds)
+    unknown = set(arguments.only or []) - set(known)
     if unknown:
-        parser.error(f"--only: expected some of {', '.join(runs)}; got {', '.join(sorted(unknown))}")
-    for name, command in runs.items():
+        parser.error(f"--only: expected some of {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    for name, command in known.items():
         if arguments.only and name not in arguments.only:
             continue
         print(f"{name}: {' '.join(command)}", flush=True)
         folder = arguments.out / name
-        status = run(command, folder, seconds=60 * arguments.minutes if name in PEERS else math.inf)
+        status = run(command, folder, seconds=60 * arguments.minutes if name in BASELINES else math.inf)
         if status not in (0, 128 + signal.SIGINT):
             return status
-        kept = table.TEST_SET / name
-        kept.mkdir(parents=True, exist_ok=True)
-        for file in (METRICS_FILE, RECIPE_FILE):
-            if (folder / file).exists():
-                shutil.copyfile(folder / file, kept / file)
-        table.main()
+        finished = runs.read(folder)
+        if finished.epochs:
+            runs.add(finished, runs.TEST_SET)
+            table.write()
     return 0
 
 

@@ -1,78 +1,33 @@
-"""`python -m bench.speedrun.table`: the runs kept in docs/attempts/ and docs/test-set/ as the end of docs/speedrun.md.
+"""`python -m bench.speedrun.table`: the finished runs (:mod:`bench.speedrun.runs`) as the end of docs/speedrun.md.
 
-A kept run is a folder with what a run wrote: ``metrics.jsonl`` and, where rsengine ran it, ``recipe.toml``. Attempts
-are of the validation split; to add one:
+Attempts are measured on the validation split. To add one, under the name of its folder:
 
-    python -m rsengine.train --data validation --recipe … --out attempt && mkdir docs/attempts/NAME
-    cp attempt/metrics.jsonl attempt/recipe.toml docs/attempts/NAME && python -m bench.speedrun.table
+    python -m rsengine.train --data validation --recipe … --out NAME && python -m bench.speedrun.table --add NAME
 
-`python -m bench.speedrun` makes the runs of the test set and adds them.
+`python -m bench.speedrun` makes the runs on the test set and adds them. `--recipe NAME` prints the whole recipe of any.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from bench.markdown import write_section
+from bench.speedrun import runs
+from bench.speedrun.runs import ATTEMPTS, TEST_SET, Run
 from rsengine.config import Recipe
-from rsengine.run.log import EPOCH, METRICS_FILE, RunLog
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "speedrun.md"
-ATTEMPTS, TEST_SET = DOCUMENT.parent / "attempts", DOCUMENT.parent / "test-set"
 PICTURES = {ATTEMPTS: DOCUMENT.parent / "speedrun.png", TEST_SET: DOCUMENT.parent / "test-set.png"}
 HEADING = "## On the test set"
 MINUTES = (5, 10, 20, 40, 60)
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """A run: its name, its recipe where rsengine ran it, and the records of its epochs."""
-
-    name: str
-    recipe: Recipe | None
-    epochs: Sequence[dict]
-
-    @property
-    def accuracy(self) -> float:
-        """Of the average, at the end."""
-        return _accuracy(self.epochs[-1])
-
-    @property
-    def training_minutes(self) -> float:
-        """Without evaluation."""
-        return sum(record["epoch_seconds"] for record in self.epochs) / 60
-
-    def after(self, minutes: float) -> float | None:
-        """Accuracy of the average at the last evaluation within ``minutes`` of training and evaluation; the raw
-        network's where there is no average. None: the run had ended more than an epoch before, or not begun."""
-        seconds = 60 * minutes
-        done = [record for record in self.epochs if record["seconds"] <= seconds]
-        longest = max(record["epoch_seconds"] + record["eval_seconds"] for record in self.epochs)
-        if not done or self.epochs[-1]["seconds"] + longest < seconds:
-            return None
-        return _accuracy(done[-1])
-
-
-def read(folder: Path) -> Attempt:
-    recipe = folder / "recipe.toml"
-    return Attempt(
-        folder.name,
-        Recipe.from_toml(recipe.read_text(encoding="utf-8"), str(recipe)) if recipe.exists() else None,
-        RunLog(folder).records(EPOCH),
-    )
-
-
-def kept(folder: Path) -> list[Attempt]:
-    """Those in the repository, by name."""
-    return [read(path) for path in sorted(folder.glob("*")) if (path / METRICS_FILE).exists()]
-
-
-def text(test_set: Sequence[Attempt], attempts: Sequence[Attempt]) -> str:
+def text(test_set: Sequence[Run], attempts: Sequence[Run]) -> str:
     """The end of the document: what it says of each kind of run."""
     lines = [
         HEADING,
@@ -85,15 +40,15 @@ def text(test_set: Sequence[Attempt], attempts: Sequence[Attempt]) -> str:
         *_seeds(test_set),
         "## Attempts",
         "",
-        "`python -m bench.speedrun.table`, from the runs in [attempts](attempts): each has its `recipe.toml` and "
-        "`metrics.jsonl`. Accuracies are on the validation split.",
+        "`python -m bench.speedrun.table`, from [attempts.jsonl](../bench/speedrun/attempts.jsonl), which has the "
+        "recipe and every record of each run; `--recipe NAME` prints a recipe. Accuracies are on the validation split.",
         "",
         *_tables(attempts, PICTURES[ATTEMPTS]),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _tables(attempts: Sequence[Attempt], picture: Path) -> list[str]:
+def _tables(attempts: Sequence[Run], picture: Path) -> list[str]:
     head = ["run", "network", "optimiser", "batch", "epochs", "minutes", "training", "images/s", "raw", "average"]
     lines = [
         f"![accuracy against minutes]({picture.name})",
@@ -130,18 +85,18 @@ def _tables(attempts: Sequence[Attempt], picture: Path) -> list[str]:
     return lines + [_row([a.name, *(_percent(a.after(m)) for m in MINUTES)]) for a in attempts]
 
 
-def _seeds(attempts: Sequence[Attempt]) -> list[str]:
+def _seeds(attempts: Sequence[Run]) -> list[str]:
     """A sentence on each recipe that ran with several seeds."""
-    recipes: dict[str, list[Attempt]] = {}
+    recipes: dict[str, list[Run]] = {}
     for attempt in attempts:
         recipes.setdefault(re.sub(r"-seed\d+$", "", attempt.name), []).append(attempt)
     lines = []
-    for name, runs in recipes.items():
-        if len(runs) > 1:
-            accuracies = [run.accuracy for run in runs]
-            minutes = statistics.mean(run.training_minutes for run in runs)
+    for name, seeds in recipes.items():
+        if len(seeds) > 1:
+            accuracies = [run.accuracy for run in seeds]
+            minutes = statistics.mean(run.training_minutes for run in seeds)
             lines += [
-                f"**{name}**, {len(runs)} seeds: mean {statistics.mean(accuracies):.2%}, standard deviation "
+                f"**{name}**, {len(seeds)} seeds: mean {statistics.mean(accuracies):.2%}, standard deviation "
                 f"{statistics.stdev(accuracies):.2%}, in {minutes:.1f} minutes of training each.",
                 "",
             ]
@@ -162,7 +117,7 @@ def optimiser(recipe: Recipe) -> str:
     return f"Muon {recipe.optimizer.muon_learning_rate:g}, {recipe.optimizer.muon_momentum:g}; SGD {rate:g}"
 
 
-def draw(attempts: Sequence[Attempt], path: Path) -> None:
+def draw(attempts: Sequence[Run], path: Path) -> None:
     """Accuracy of the average against minutes, a line a run."""
     import matplotlib
 
@@ -172,17 +127,12 @@ def draw(attempts: Sequence[Attempt], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     for attempt in attempts:
         minutes = [record["seconds"] / 60 for record in attempt.epochs]
-        axes.plot(minutes, [100 * _accuracy(record) for record in attempt.epochs], marker=".", label=attempt.name)
+        axes.plot(minutes, [100 * runs.accuracy(record) for record in attempt.epochs], marker=".", label=attempt.name)
     axes.axhline(91.19, color="grey", linestyle=":")
     axes.set(xlabel="minutes of training and evaluation", ylabel="accuracy of the average, %")
     axes.legend(fontsize="small", frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def _accuracy(record: dict) -> float:
-    average = record["test_accuracy_ema"]
-    return record["test_accuracy"] if average is None else average
 
 
 def _percent(value: float | None) -> str:
@@ -193,13 +143,34 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def main() -> int:
-    test_set, attempts = kept(TEST_SET), kept(ATTEMPTS)
-    write_section(DOCUMENT, HEADING, text(test_set, attempts))
-    for runs, folder in ((test_set, TEST_SET), (attempts, ATTEMPTS)):
-        if runs:
-            draw(runs, PICTURES[folder])
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.speedrun.table", description=__doc__.split("\n")[0])
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--add", type=Path, metavar="FOLDER", help="add the run in this folder to the attempts first")
+    what.add_argument("--recipe", metavar="NAME", help="print the whole recipe of a run, and write nothing")
+    options = parser.parse_args(arguments)
+    if options.recipe:
+        recipes = {run.name: run.recipe for path in (ATTEMPTS, TEST_SET) for run in runs.load(path) if run.recipe}
+        if options.recipe not in recipes:
+            parser.error(f"--recipe: expected one of {', '.join(recipes)}; got {options.recipe}")
+        print(recipes[options.recipe].to_toml(), end="")
+        return 0
+    if options.add:
+        added = runs.read(options.add)
+        if not added.epochs:
+            parser.error(f"--add {options.add}: expected the folder of a run with at least one epoch; found none")
+        runs.add(added, ATTEMPTS)
+    write()
     return 0
+
+
+def write() -> None:
+    """Write the end of the document and its pictures."""
+    test_set, attempts = runs.load(TEST_SET), runs.load(ATTEMPTS)
+    write_section(DOCUMENT, HEADING, text(test_set, attempts))
+    for path, drawn in ((TEST_SET, test_set), (ATTEMPTS, attempts)):
+        if drawn:
+            draw(drawn, PICTURES[path])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from bench.baselines import Case
 from bench.contender import OURS, Apart
 from bench.scaling import H100_BYTES, H100_FLOPS, Point, measure, predicted, text
 from bench.speedrun import run as speedrun
-from bench.speedrun import table as attempts
+from bench.speedrun import runs
+from bench.speedrun import table as speedrun_table
 from bench.train_step_table import table
 from rsengine.config import Recipe
 from rsengine.run.log import RunLog
@@ -93,37 +94,84 @@ def test_attempts_of_a_speedrun(tmp_path):
         RunLog(tmp_path).append(record)
     recipe = Recipe().with_settings(["optimizer.name=muon", "model.blocks=[1, 2]", "train.batch_size=64"])
     (tmp_path / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
-    attempt = attempts.read(tmp_path)
+    attempt = runs.read(tmp_path)
     assert attempt.recipe == recipe and attempt.epochs == epochs
     # Evaluations at 4, 8 and 12 minutes; at 20 the run has been over for longer than an epoch.
     assert [attempt.after(m) for m in (3, 5, 10, 15, 20)] == [None, pytest.approx(0.15), pytest.approx(0.25)] + [
         pytest.approx(0.35),
         None,
     ]
-    written = attempts.text([], [attempt])
+    written = speedrun_table.text([], [attempt])
     assert "No run is kept yet." in written
     assert (
         "| blocks [1, 2], width 1, stem 32, strides 2 and 2 | Muon 0.1, 0.9; SGD 0.1 | 64 | 3 | 12.0 | 11.5 | 200 |"
         in written
     )
     assert f"| {tmp_path.name} | 15.00% | 25.00% |  |  |  |" in written
-    attempts.draw([attempt], tmp_path / "curves.png")
+    speedrun_table.draw([attempt], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_seeds_of_a_recipe_are_summed_up():
     def run(name, accuracy):
-        record = {"epoch": 1, "seconds": 700.0, "epoch_seconds": 600.0, "eval_seconds": 100.0, "images_per_second": 9.0}
-        return attempts.Attempt(name, None, [record | {"test_accuracy": accuracy, "test_accuracy_ema": accuracy}])
+        record = {"kind": "epoch", "epoch": 1, "seconds": 700.0, "epoch_seconds": 600.0, "eval_seconds": 100.0}
+        record |= {"images_per_second": 9.0}
+        return runs.Run(name, None, [record | {"test_accuracy": accuracy, "test_accuracy_ema": accuracy}])
 
-    written = attempts.text([run("fast-seed0", 0.91), run("fast-seed1", 0.93), run("other", 0.5)], [run("a", 0.4)])
+    written = speedrun_table.text(
+        [run("fast-seed0", 0.91), run("fast-seed1", 0.93), run("other", 0.5)], [run("a", 0.4)]
+    )
     assert "**fast**, 2 seeds: mean 92.00%, standard deviation 1.41%, in 10.0 minutes of training each." in written
     assert "**other**" not in written
 
 
 def test_the_kept_attempts_make_the_document():
-    written = attempts.text(attempts.kept(attempts.TEST_SET), attempts.kept(attempts.ATTEMPTS))
-    assert attempts.DOCUMENT.read_text(encoding="utf-8").endswith(written)
+    written = speedrun_table.text(runs.load(runs.TEST_SET), runs.load(runs.ATTEMPTS))
+    assert speedrun_table.DOCUMENT.read_text(encoding="utf-8").endswith(written)
+
+
+def test_a_file_of_runs_gives_back_recipes_and_records(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    assert runs.load(path) == []
+    recipes = [Recipe(), Recipe().with_settings(["model.blocks=[1, 2]", "train.seed=3", "comment=é"]), None]
+    records = [
+        {"kind": "start", "step": 0, "versions": {"torch": "2"}, "gpus": []},
+        {"kind": "epoch", "step": 3, "train_loss": 0.1 + 0.2, "test_loss": None},
+    ]
+    kept = [runs.Run(name, recipe, records) for name, recipe in zip("bca", recipes, strict=True)]
+    for run in kept:
+        runs.add(run, path)
+    assert runs.load(path) == sorted(kept, key=lambda run: run.name)
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 4  # the base and three runs
+    runs.add(runs.Run("b", recipes[1], records[1:]), path)  # in place of the first
+    assert [(run.name, len(run.records)) for run in runs.load(path)] == [("a", 2), ("b", 1), ("c", 2)]
+
+
+@pytest.mark.parametrize("path", [runs.ATTEMPTS, runs.TEST_SET], ids=lambda path: path.stem)
+def test_the_kept_runs_are_whole(path, tmp_path, capsys):
+    kept = runs.load(path)
+    assert [run.name for run in kept] == sorted({run.name for run in kept})
+    for run in kept:
+        assert all(isinstance(record["step"], int) and record["seconds"] > 0 for record in run.epochs)
+        assert [record["epoch"] for record in run.epochs] == sorted({record["epoch"] for record in run.epochs})
+        if run.recipe is None:
+            continue
+        assert run.records[0]["kind"] == "start" and run.epochs[-1]["epoch"] <= run.recipe.train.epochs
+        speedrun_table.main(["--recipe", run.name])
+        assert Recipe.from_toml(capsys.readouterr().out) == run.recipe
+    copy = tmp_path / path.name
+    copy.write_bytes(path.read_bytes())
+    runs.add(kept[0], copy)
+    assert copy.read_bytes() == path.read_bytes()  # it is as the next run that is added will leave it
+
+
+def test_a_folder_without_a_run_is_not_added(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speedrun_table, "ATTEMPTS", tmp_path / "attempts.jsonl")
+    for option in (["--add", str(tmp_path / "none")], ["--recipe", "none"]):
+        with pytest.raises(SystemExit):
+            speedrun_table.main(option)
+    assert "at least one epoch; found none" in capsys.readouterr().err
+    assert not (tmp_path / "attempts.jsonl").exists()
 
 
 QUIET = """
@@ -152,7 +200,7 @@ def test_a_run_is_stopped_when_its_time_is_up_and_a_finished_one_is_not_run_agai
 
 def test_the_speedruns_commands_are_those_of_the_entry_points(tmp_path):
     commands = speedrun.commands(tmp_path, "data", (0, 1))
-    assert set(speedrun.PEERS) < commands.keys()  # a misspelt one would never be stopped
+    assert set(speedrun.BASELINES) < commands.keys()  # a misspelt one would never be stopped
     assert list(commands) == ["speedrun-seed0", "speedrun-seed1", "timm-resnetrs50", "report-4", "speedrun-94"]
     assert commands["speedrun-seed1"][1:] == [
         *("-m", "rsengine.train", "--data", "data", "--out", str(tmp_path / "speedrun-seed1")),

@@ -1,0 +1,119 @@
+"""The finished runs that docs/speedrun.md tells of: ``attempts.jsonl`` and ``test_set.jsonl`` beside this module.
+
+The first line of a file is ``{"base": …}``, a whole recipe laid out as in TOML. Each line after it is a run: its
+``name``; its ``recipe``, only what differs from the base, or null where another engine made the run; and its
+``records``, every line of the ``metrics.jsonl`` that it wrote (:mod:`rsengine.run.log`).
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rsengine.config import Recipe
+from rsengine.run.files import write_atomically
+from rsengine.run.log import EPOCH, RunLog
+from rsengine.train import RECIPE_FILE
+
+ATTEMPTS, TEST_SET = (Path(__file__).with_name(f"{name}.jsonl") for name in ("attempts", "test_set"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its name, its recipe where rsengine made it, and the records of its log."""
+
+    name: str
+    recipe: Recipe | None
+    records: Sequence[Mapping[str, Any]]
+
+    @property
+    def epochs(self) -> list[Mapping[str, Any]]:
+        """The records of its evaluated epochs."""
+        return [record for record in self.records if record["kind"] == EPOCH]
+
+    @property
+    def accuracy(self) -> float:
+        """The accuracy at the end."""
+        return accuracy(self.epochs[-1])
+
+    @property
+    def minutes(self) -> float:
+        """Minutes of training and evaluation."""
+        return self.epochs[-1]["seconds"] / 60
+
+    @property
+    def training_minutes(self) -> float:
+        """Minutes of training alone."""
+        return sum(record["epoch_seconds"] for record in self.epochs) / 60
+
+    def after(self, minutes: float) -> float | None:
+        """The accuracy at the last evaluation within ``minutes`` of training and evaluation; None where there was no
+        evaluation yet, or where the run had ended more than an epoch before."""
+        seconds = 60 * minutes
+        done = [record for record in self.epochs if record["seconds"] <= seconds]
+        longest = max(record["epoch_seconds"] + record["eval_seconds"] for record in self.epochs)
+        if not done or self.epochs[-1]["seconds"] + longest < seconds:
+            return None
+        return accuracy(done[-1])
+
+
+def accuracy(record: Mapping[str, Any]) -> float:
+    """The EMA's accuracy in the record of an epoch, or the raw network's where the run has no EMA."""
+    ema = record["test_accuracy_ema"]
+    return record["test_accuracy"] if ema is None else ema
+
+
+def read(folder: Path) -> Run:
+    """The run in ``folder``, under the folder's name."""
+    recipe = folder / RECIPE_FILE
+    return Run(
+        folder.resolve().name,
+        Recipe.from_toml(recipe.read_text(encoding="utf-8"), str(recipe)) if recipe.exists() else None,
+        RunLog(folder).records(),
+    )
+
+
+def load(path: Path) -> list[Run]:
+    """The runs in a file, by name; none where there is no file yet."""
+    return _load(path)[1]
+
+
+def add(run: Run, path: Path) -> None:
+    """Add a run to a file; one of the same name gives way to it."""
+    base, runs = _load(path)
+    base = base or run.recipe or Recipe()
+    kept = {run.name: run for run in runs} | {run.name: run}
+    lines: list[dict[str, Any]] = [{"base": _values(base)}]
+    for name in sorted(kept):
+        recipe = kept[name].recipe
+        differences = None if recipe is None else _differences(_values(recipe), _values(base))
+        lines.append({"name": name, "recipe": differences, "records": kept[name].records})
+    text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
+    write_atomically(path, text.encode())
+
+
+def _load(path: Path) -> tuple[Recipe | None, list[Run]]:
+    if not path.exists():
+        return None, []
+    first, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    base = Recipe().with_values(first["base"])
+    return base, [
+        Run(line["name"], None if line["recipe"] is None else base.with_values(line["recipe"]), line["records"])
+        for line in lines
+    ]
+
+
+def _values(recipe: Recipe) -> dict[str, Any]:
+    return tomllib.loads(recipe.to_toml())
+
+
+def _differences(values: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _differences(value, base[key]) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if value != base[key]
+    }
