@@ -1,4 +1,5 @@
-"""The pictures of a run folder: training curves, confusion matrix, grids of images.
+"""The pictures of a run folder: training curves, confusion matrix, grids of images. Other pictures share their style
+by :func:`new_figure`, :func:`save_figure` and the colours.
 
 Matplotlib is used through its object interface only, without pyplot: no global figures and no display are needed, and
 importing this module does not import matplotlib. Every picture is written to a temporary file and renamed.
@@ -23,13 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DPI = 150
-_WIDTH_PX = 1260
+WIDTH = 1260
 
 # Okabe and Ito's palette: told apart with any of the common colour deficiencies, and in print.
-_TRAIN = "#009E73"
-_TEST = "#D55E00"
-_EMA = "#0072B2"
-_INK = "#222222"
+GREEN, VERMILION, BLUE, PURPLE = "#009E73", "#D55E00", "#0072B2", "#CC79A7"
+INK, GREY = "#222222", "#808080"
+_TRAIN, _TEST, _EMA = GREEN, VERMILION, BLUE
 _FAINT = "#BCD9CE"  # the train colour, pale
 
 # Everything that a user's matplotlibrc could change for the worse.
@@ -37,11 +37,11 @@ _STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10.0,
-    "text.color": _INK,
+    "text.color": INK,
     "text.usetex": False,
     "text.parse_math": False,  # a class called "$5" is no formula
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": "#808080",
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GREY,
     "axes.linewidth": 0.8,
     "axes.axisbelow": True,
     "axes.spines.top": False,
@@ -49,8 +49,8 @@ _STYLE: dict[str, Any] = {
     "axes.unicode_minus": False,
     "axes.formatter.use_mathtext": False,
     "axes.formatter.useoffset": False,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "grid.color": "#E4E4E4",
     "grid.linewidth": 0.8,
     "legend.frameon": False,
@@ -79,7 +79,7 @@ def curves(
     """
     if not epochs and not intervals:
         raise ValueError("curves: expected at least one epoch or interval record, got none")
-    with _figure(_WIDTH_PX, 1320) as figure:
+    with new_figure(WIDTH, 1320) as figure:
         loss, accuracy, rate = figure.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 3, 1.5]})
         # Fixed margins: every run's picture has its panels in the same place, so two of them can be compared.
         figure.subplots_adjust(left=0.093, right=0.892, top=0.917, bottom=0.055, hspace=0.085)
@@ -91,7 +91,7 @@ def curves(
             _line(axes, epochs, f"train_{field}", scale, label="train", **dashes)
             _line(axes, epochs, f"test_{field}", scale, color=_TEST, linewidth=1.4, label="test, raw weights")
             _line(axes, epochs, f"test_{field}_ema", scale, color=_EMA, linewidth=2.4, label="test, EMA weights")
-        _line(rate, intervals or epochs, "learning_rate", 1.0, color=_INK, linewidth=1.5)
+        _line(rate, intervals or epochs, "learning_rate", 1.0, color=INK, linewidth=1.5)
 
         loss.set_ylabel("Loss")
         accuracy.set_ylabel("Accuracy (%)")
@@ -126,7 +126,7 @@ def curves(
             )
             for line in legend.get_lines():
                 line.set_linewidth(max(line.get_linewidth(), 1.4))
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def confusion(matrix: np.ndarray, path: Path, *, classes: Sequence[str], title: str) -> None:
@@ -162,12 +162,12 @@ def confusion(matrix: np.ndarray, path: Path, *, classes: Sequence[str], title: 
     fontsize = 10 if size <= 14 else 8.5 if size <= 30 else 7
     # A whole number of pixels a class, so that no cell is wider than its neighbour and none is dropped.
     side = size * max(1, round(900 / size)) if size <= 1000 else 1000
-    name_px = max(_text_width(name, fontsize) for name in names[::step])
+    name_px = max(text_width(name, fontsize) for name in names[::step])
     left, right, top = 74 + name_px, 164, 74
     bottom = 66 + (name_px if size > 20 else 0.72 * name_px + 14)
     page_w, page_h = math.ceil(left + side + right), math.ceil(top + side + bottom)
 
-    with _figure(page_w, page_h) as figure:
+    with new_figure(page_w, page_h) as figure:
         from matplotlib import colormaps
         from matplotlib.colors import PowerNorm
 
@@ -200,7 +200,7 @@ def confusion(matrix: np.ndarray, path: Path, *, classes: Sequence[str], title: 
         figure.text(middle, 24 / page_h, "Predicted class", ha="center", va="center")
         heading = {"fontsize": 13, "fontweight": "bold", "ha": "center", "va": "center"}
         figure.text(middle, 1 - 38 / page_h, _short(title, 80), **heading)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def image_grid(
@@ -244,7 +244,7 @@ def image_grid(
     # The layout is counted in pixels and the images are placed unscaled: axes would resample them.
     edge, gap = 24, 8
     labels = ["\n".join(textwrap.wrap(_short(label, 60), 16)) for label, _ in rows]
-    label_px = max(_text_width(label, 10) for label in labels)
+    label_px = max(text_width(label, 10) for label in labels)
     left = edge + (math.ceil(label_px) + 14 if label_px else 0)
     room = (1400 - left - edge - gap * (number - 1)) / number
     grow = min(max(1, int(room // width)), 8)
@@ -257,7 +257,7 @@ def image_grid(
     page_w = max(left + number * (cell_w + gap) - gap + edge, 480)
     page_h = top + len(rows) * pitch - gap + edge
 
-    with _figure(page_w, page_h) as figure:
+    with new_figure(page_w, page_h) as figure:
 
         def text(x: float, y: float, words: str, **how: Any) -> None:
             figure.text(x / page_w, 1 - y / page_h, words, **how)
@@ -282,12 +282,12 @@ def image_grid(
             for column, words in enumerate(above):
                 x = left + column * (cell_w + gap) + cell_w / 2
                 text(x, top - 8, words, ha="center", va="bottom", fontsize=size)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 @contextmanager
-def _figure(width: int, height: int) -> Iterator[Figure]:
-    """An empty figure of ``width`` x ``height`` pixels, with this module's style for as long as it is drawn on."""
+def new_figure(width: int, height: int) -> Iterator[Figure]:
+    """Open an empty figure of ``width`` x ``height`` pixels, with this module's style for as long as it is drawn on."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -334,12 +334,12 @@ def _number_cells(axes: Axes, percent: np.ndarray) -> None:
             continue
         # Rounding makes no cell empty or perfect that is not.
         words = "<0.1" if value < 0.05 else "100" if value == 100 else f"{min(value, 99.9):.1f}"
-        colour = "white" if value > 35 else _INK
+        colour = "white" if value > 35 else INK
         weight = "bold" if row == column else "normal"
         axes.text(column, row, words, ha="center", va="center", fontsize=size, color=colour, fontweight=weight)
 
 
-def _text_width(words: str, size: float, *, bold: bool = False) -> float:
+def text_width(words: str, size: float, *, bold: bool = False) -> float:
     """Pixels that the widest line of ``words`` takes at font size ``size``."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextPath
@@ -352,7 +352,7 @@ def _text_width(words: str, size: float, *, bold: bool = False) -> float:
 
 def _fitting(words: str, width: float, *, largest: float, bold: bool = False) -> float:
     """The largest font size up to ``largest``, but no less than 5.5, at which ``words`` fit into ``width`` pixels."""
-    drawn = _text_width(words, largest, bold=bold)
+    drawn = text_width(words, largest, bold=bold)
     return largest if drawn <= width else max(5.5, largest * width / drawn)
 
 
@@ -365,7 +365,7 @@ def _finite(value: Any) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write the PNG under a temporary name in the same folder and rename it: never a half-written picture."""
     picture = io.BytesIO()
     # No software tag: the same data give the same bytes with the next matplotlib that draws the same.
