@@ -18,11 +18,12 @@ from pathlib import Path
 
 from bench.markdown import write_section
 from bench.speedrun import runs
+from bench.speedrun.pictures import draw_attempts, draw_test_set
 from bench.speedrun.runs import ATTEMPTS, TEST_SET, Run
 from rsengine.config import Recipe
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "speedrun.md"
-PICTURES = {ATTEMPTS: DOCUMENT.parent / "speedrun.png", TEST_SET: DOCUMENT.parent / "test-set.png"}
+ATTEMPTS_PICTURE, TEST_SET_PICTURE = (DOCUMENT.parent / name for name in ("speedrun.png", "test-set.png"))
 HEADING = "## On the test set"
 MINUTES = (5, 10, 20, 40, 60)
 
@@ -35,7 +36,7 @@ def text(test_set: Sequence[Run], attempts: Sequence[Run]) -> str:
         "`python -m bench.speedrun`: all 50,000 images to train on, the 10,000 of the test set to measure, each run "
         "alone on the machine. Minutes are of training and evaluation; the next column is of training alone.",
         "",
-        *(_tables(test_set, PICTURES[TEST_SET]) if test_set else ["No run is kept yet."]),
+        *(_tables(test_set, TEST_SET_PICTURE) if test_set else ["No run is kept yet."]),
         "",
         *_seeds(test_set),
         "## Attempts",
@@ -43,7 +44,7 @@ def text(test_set: Sequence[Run], attempts: Sequence[Run]) -> str:
         "`python -m bench.speedrun.table`, from [attempts.jsonl](../bench/speedrun/attempts.jsonl), which has the "
         "recipe and every record of each run; `--recipe NAME` prints a recipe. Accuracies are on the validation split.",
         "",
-        *_tables(attempts, PICTURES[ATTEMPTS]),
+        *_tables(attempts, ATTEMPTS_PICTURE),
     ]
     return "\n".join(lines) + "\n"
 
@@ -117,24 +118,6 @@ def optimiser(recipe: Recipe) -> str:
     return f"Muon {recipe.optimizer.muon_learning_rate:g}, {recipe.optimizer.muon_momentum:g}; SGD {rate:g}"
 
 
-def draw(attempts: Sequence[Run], path: Path) -> None:
-    """Accuracy of the average against minutes, a line a run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    for attempt in attempts:
-        minutes = [record["seconds"] / 60 for record in attempt.epochs]
-        axes.plot(minutes, [100 * runs.accuracy(record) for record in attempt.epochs], marker=".", label=attempt.name)
-    axes.axhline(91.19, color="grey", linestyle=":")
-    axes.set(xlabel="minutes of training and evaluation", ylabel="accuracy of the average, %")
-    axes.legend(fontsize="small", frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.2%}"
 
@@ -168,9 +151,10 @@ def write() -> None:
     """Write the end of the document and its pictures."""
     test_set, attempts = runs.load(TEST_SET), runs.load(ATTEMPTS)
     write_section(DOCUMENT, HEADING, text(test_set, attempts))
-    for path, drawn in ((TEST_SET, test_set), (ATTEMPTS, attempts)):
-        if drawn:
-            draw(drawn, PICTURES[path])
+    if test_set:
+        draw_test_set(test_set, TEST_SET_PICTURE)
+    if attempts:
+        draw_attempts(attempts, ATTEMPTS_PICTURE)
 
 
 if __name__ == "__main__":

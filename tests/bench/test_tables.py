@@ -5,12 +5,13 @@ import signal
 import sys
 
 import pytest
+from PIL import Image
 
 from bench.baselines import Case
 from bench.contender import OURS, Apart
 from bench.scaling import H100_BYTES, H100_FLOPS, Point, measure, predicted, text
+from bench.speedrun import pictures, runs
 from bench.speedrun import run as speedrun
-from bench.speedrun import runs
 from bench.speedrun import table as speedrun_table
 from bench.train_step_table import table
 from rsengine.config import Recipe
@@ -108,8 +109,6 @@ def test_attempts_of_a_speedrun(tmp_path):
         in written
     )
     assert f"| {tmp_path.name} | 15.00% | 25.00% |  |  |  |" in written
-    speedrun_table.draw([attempt], tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_seeds_of_a_recipe_are_summed_up():
@@ -123,6 +122,38 @@ def test_seeds_of_a_recipe_are_summed_up():
     )
     assert "**fast**, 2 seeds: mean 92.00%, standard deviation 1.41%, in 10.0 minutes of training each." in written
     assert "**other**" not in written
+
+
+def _run(name, *evaluations):
+    records = [
+        {
+            "kind": "epoch",
+            "step": n,
+            "epoch": n,
+            "seconds": 60.0 * minutes,
+            "test_accuracy": ema,
+            "test_accuracy_ema": ema,
+        }
+        for n, (minutes, ema) in enumerate(evaluations, start=1)
+    ]
+    return runs.Run(name, None, records)
+
+
+def test_the_frontier_has_the_runs_that_ended_better_than_all_before_them():
+    made = [_run("late", (9, 0.8)), _run("worse", (7, 0.6)), _run("first", (1, 0.5), (5, 0.7)), _run("same", (8, 0.7))]
+    assert [run.name for run in pictures.frontier(made)] == ["first", "late"]
+
+
+def test_pictures_of_runs_are_whole_and_leave_no_setting_behind(tmp_path):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    seeds = [_run("fast-seed0", (1, 0.5), (2, 0.7), (3, 0.8)), _run("fast-seed1", (1, 0.4), (2, 0.75))]
+    for name, draw in (("a", pictures.draw_attempts), ("b", pictures.draw_test_set)):
+        draw([*seeds, _run("other", (4, 0.9))], tmp_path / name)
+        with Image.open(tmp_path / name) as picture:
+            assert picture.size == (1260, 900)
+    assert dict(matplotlib.rcParams) == before
 
 
 def test_the_kept_attempts_make_the_document():
