@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from bench.markdown import write_section
+from rsengine.run import plots
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
 PICTURE = DOCUMENT.parent / "growth.png"
@@ -48,6 +55,15 @@ AXES: dict[str, list[Point]] = {
     "classes": [replace(START, classes=n) for n in (10, 100, 1000)],
     "threads": [replace(START, threads=n) for n in (1, 2)],
     "processes": [replace(START, processes=n, threads=1) for n in (1, 2)],
+}
+LOGARITHMIC = ("batch", "depth", "size", "classes")
+LABELS = {
+    "batch": "Batch",
+    "depth": "Depth (batch 32)",
+    "size": "Image size (batch 16)",
+    "classes": "Classes (batch 128)",
+    "threads": "Threads (batch 128)",
+    "processes": "Processes (1 thread each)",
 }
 
 
@@ -171,38 +187,83 @@ def predicted(found: dict[str, float], batch: int = 1024) -> tuple[float, str]:
     return batch / max(arithmetic, memory), "arithmetic" if arithmetic > memory else "memory"
 
 
-def draw(results: dict[str, list[tuple[Point, dict]]], path: Path) -> None:
-    import matplotlib
+def rows_of(document: str) -> dict[str, list[tuple[int, float, float]]]:
+    """The rows that :func:`text` wrote into a document: (value, images/s, peak GiB) for each axis, without failures."""
+    rows: dict[str, list[tuple[int, float, float]]] = {}
+    for section in document.split(HEADING)[-1].split("\n### ")[1:]:
+        axis = section.split("\n")[0]
+        if axis in AXES:
+            found = re.findall(r"^\| (\d+) \| ([\d.]+) \| \d+ \| ([\d.]+) \|", section, re.MULTILINE)
+            rows[axis] = [(int(value), float(rate), float(memory)) for value, rate, memory in found]
+    return {axis: found for axis, found in rows.items() if found}
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(results), figsize=(3 * len(results), 5.5), squeeze=False, layout="constrained")
-    for column, (axis, rows) in enumerate(results.items()):
-        measured = [(getattr(p, axis), r) for p, r in rows if "failed" not in r]
-        x = [value for value, _ in measured]
-        panels = (
-            ("images/s", [r["images_per_second"] for _, r in measured]),
-            ("peak memory, GiB", [r["peak_bytes"] / 2**30 for _, r in measured]),
-        )
-        for row, (label, y) in enumerate(panels):
-            axes[row][column].plot(x, y, marker="o")
-            axes[row][column].set(xlabel=axis, ylim=(0, None))
-            if column == 0:
-                axes[row][column].set_ylabel(label)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def draw(rows: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
+    """Draw images/s above peak memory, a pair of panels for each axis."""
+    with plots.new_figure(plots.WIDTH, 1400 if len(rows) > 3 else 720) as figure:
+        grids = 2 * math.ceil(len(rows) / 3)
+        panels = figure.subplots(grids, 3, squeeze=False, gridspec_kw={"hspace": 0.32, "wspace": 0.27})
+        figure.subplots_adjust(left=0.08, right=0.985, top=0.98, bottom=0.055 if grids > 2 else 0.1)
+        for number, (upper, lower) in enumerate(zip(panels[0::2].flat, panels[1::2].flat, strict=True)):
+            if number >= len(rows):
+                upper.remove()
+                lower.remove()
+                continue
+            axis = list(rows)[number]
+            _draw_axis(axis, rows[axis], upper, lower)
+            if number % 3 == 0:
+                upper.set_ylabel("Images/s")
+                lower.set_ylabel("Peak memory (GiB)")
+        plots.save_figure(figure, path)
+
+
+def _draw_axis(axis: str, rows: list[tuple[int, float, float]], upper: Axes, lower: Axes) -> None:
+    values, rates, memory = (list(column) for column in zip(*rows, strict=True))
+    upper.set_ylim(0, 1.15 * max(rates))
+    lower.set_ylim(0, 1.15 * max(memory))
+    lower.set_xlabel(LABELS[axis])
+    ticks = values[:1]
+    for value in values[1:]:
+        if value >= 1.4 * ticks[-1]:  # closer ones would be written over each other
+            ticks.append(value)
+    for panel, heights in ((upper, rates), (lower, memory)):
+        panel.plot(values, heights, color=plots.BLUE, linewidth=1.8, marker="o", markersize=5, zorder=3)
+        panel.grid(True)
+        if axis in LOGARITHMIC:
+            panel.set_xscale("log")
+            panel.minorticks_off()
+        panel.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8.5)
+        panel.margins(x=0.08)
+    if axis in ("threads", "processes"):
+        linear = [rates[0] * value / values[0] for value in values]
+        upper.plot(values, linear, color=plots.GREY, linestyle="--", linewidth=1.2)
+        upper.set_ylim(0, 1.15 * max(rates + linear))
+        middle = (values[0] + values[-1]) / 2
+        above = {"xytext": (0, 16), "textcoords": "offset points", "ha": "right", "color": plots.GREY}
+        upper.annotate("linear scaling", (middle, rates[0] * middle / values[0]), **above)
+    if axis in ("depth", "size"):  # a rate that falls as a power of the axis is a straight line here
+        low, high = min(rates) / 1.4, max(rates) * 1.4
+        shown = [digit * 10**power for power in range(7) for digit in (1, 2, 5)]
+        shown = [tick for tick in shown if low < tick < high]
+        upper.set_yscale("log")
+        upper.set_yticks(shown, [str(tick) for tick in shown])
+        upper.minorticks_off()
+        upper.set_ylim(low, high)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__.splitlines()[0])
     parser.add_argument("--axis", choices=AXES, action="append", help="only this axis; may be given again")
     parser.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="longest row (default 600)")
+    parser.add_argument("--redraw", action="store_true", help="draw the picture from the tables, and measure nothing")
     parser.add_argument("--print", action="store_true", help="print the section; write nothing")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure_here(Point(**json.loads(options.one)))))
+        return 0
+    if options.redraw:
+        draw(rows_of(DOCUMENT.read_text(encoding="utf-8")), PICTURE)
         return 0
     axes = {name: AXES[name] for name in options.axis or AXES}
     results: dict[str, list[tuple[Point, dict]]] = {name: [] for name in axes}
@@ -214,7 +275,7 @@ def main() -> int:
         print(section)
         return 0
     write_section(DOCUMENT, HEADING, section)
-    draw(results, PICTURE)
+    draw(rows_of(section), PICTURE)
     return 0
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from bench.baselines import Case
 from bench.contender import OURS, Apart
-from bench.scaling import H100_BYTES, H100_FLOPS, Point, measure, predicted, text
+from bench.scaling import AXES, DOCUMENT, H100_BYTES, H100_FLOPS, Point, draw, measure, predicted, rows_of, text
 from bench.speedrun import pictures, runs
 from bench.speedrun import run as speedrun
 from bench.speedrun import table as speedrun_table
@@ -32,6 +32,19 @@ def test_a_row_of_growth_and_a_row_that_failed():
     assert "| 26 | 200.0 | 120 | 1.50 | 2.5 |" in written
     assert "| 420 | more than 9 s | | | |" in written
     assert "predicted, not measured" in written and written.count("| 420 |") == 1
+
+
+def test_the_picture_of_growth_is_drawn_from_its_tables(tmp_path):
+    written = text({"depth": [(Point(depth=26), FOUND), (Point(depth=420), {"failed": "more than 9 s"})]})
+    assert rows_of("# Before\n\n### batch\n\n| 1 | 2.0 | 3 | 4.00 | 5.0 |\n\n" + written) == {
+        "depth": [(26, 200.0, 1.5)]
+    }
+    kept = rows_of(DOCUMENT.read_text(encoding="utf-8"))
+    assert list(kept) == list(AXES)
+    for rows in (kept, {"threads": kept["threads"]}):
+        draw(rows, tmp_path / "growth.png")
+        with Image.open(tmp_path / "growth.png") as picture:
+            assert picture.width == 1260
 
 
 def test_the_prediction_is_the_slower_of_arithmetic_and_memory():
@@ -149,8 +162,8 @@ def test_pictures_of_runs_are_whole_and_leave_no_setting_behind(tmp_path):
 
     before = dict(matplotlib.rcParams)
     seeds = [_run("fast-seed0", (1, 0.5), (2, 0.7), (3, 0.8)), _run("fast-seed1", (1, 0.4), (2, 0.75))]
-    for name, draw in (("a", pictures.draw_attempts), ("b", pictures.draw_test_set)):
-        draw([*seeds, _run("other", (4, 0.9))], tmp_path / name)
+    for name, drawing in (("a", pictures.draw_attempts), ("b", pictures.draw_test_set)):
+        drawing([*seeds, _run("other", (4, 0.9))], tmp_path / name)
         with Image.open(tmp_path / name) as picture:
             assert picture.size == (1260, 900)
     assert dict(matplotlib.rcParams) == before
