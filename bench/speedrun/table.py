@@ -1,10 +1,10 @@
-"""`python -m bench.speedrun.table`: the finished runs (:mod:`bench.speedrun.runs`) as the end of docs/speedrun.md.
+"""`python -m bench.speedrun.table`: write the finished runs (:mod:`bench.speedrun.runs`) into docs/speedrun.md.
 
 Attempts are measured on the validation split. To add one, under the name of its folder:
 
     python -m rsengine.train --data validation --recipe … --out NAME && python -m bench.speedrun.table --add NAME
 
-`python -m bench.speedrun` makes the runs on the test set and adds them. `--recipe NAME` prints the whole recipe of any.
+`python -m bench.speedrun` makes and adds the runs on the test set. `--recipe NAME` prints the whole recipe of a run.
 """
 
 from __future__ import annotations
@@ -17,73 +17,95 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.markdown import write_section
-from bench.speedrun import runs
 from bench.speedrun.pictures import draw_attempts, draw_test_set
-from bench.speedrun.runs import ATTEMPTS, TEST_SET, Run
+from bench.speedrun.runs import ATTEMPTS, TEST_SET, Run, accuracy, add, load, read
 from rsengine.config import Recipe
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "speedrun.md"
 ATTEMPTS_PICTURE, TEST_SET_PICTURE = (DOCUMENT.parent / name for name in ("speedrun.png", "test-set.png"))
-HEADING = "## On the test set"
+# The sections that are written here, each with the next one, which is not.
+TEST_SET_SECTION = "## On the test set", "## What was learnt"
+ATTEMPTS_SECTION = "## Attempts", "## Log of the attempts"
 MINUTES = (5, 10, 20, 40, 60)
 
 
-def text(test_set: Sequence[Run], attempts: Sequence[Run]) -> str:
-    """The end of the document: what it says of each kind of run."""
+def test_set_section(runs: Sequence[Run]) -> str:
+    """The section on the runs of the test set."""
     lines = [
-        HEADING,
+        TEST_SET_SECTION[0],
         "",
         "`python -m bench.speedrun`: all 50,000 images to train on, the 10,000 of the test set to measure, each run "
-        "alone on the machine. Minutes are of training and evaluation; the next column is of training alone.",
+        "alone on the machine. Minutes include evaluation; the column after them is training alone. The data are in "
+        "[test_set.jsonl](../bench/speedrun/test_set.jsonl).",
         "",
-        *(_tables(test_set, TEST_SET_PICTURE) if test_set else ["No run is kept yet."]),
+        *_table(runs, TEST_SET_PICTURE),
         "",
-        *_seeds(test_set),
-        "## Attempts",
+        "EMA accuracy at the last evaluation within so many minutes:",
+        "",
+        _row(["run", *(f"{m} min" for m in MINUTES)]),
+        "|---|" + "---:|" * len(MINUTES),
+        *(_row([run.name, *(_percent(run.after(m)) for m in MINUTES)]) for run in runs),
+        "",
+        *_seeds(runs),
+    ]
+    return "\n".join(lines)
+
+
+def attempts_section(runs: Sequence[Run]) -> str:
+    """The section on the runs of the validation split."""
+    lines = [
+        ATTEMPTS_SECTION[0],
         "",
         "`python -m bench.speedrun.table`, from [attempts.jsonl](../bench/speedrun/attempts.jsonl), which has the "
-        "recipe and every record of each run; `--recipe NAME` prints a recipe. Accuracies are on the validation split.",
+        "recipe and every record of each run; `--recipe NAME` prints a recipe. Accuracies are on the validation split. "
+        "The picture names the attempts that ended better than all that took less time.",
         "",
-        *_tables(attempts, ATTEMPTS_PICTURE),
+        *_table(runs, ATTEMPTS_PICTURE),
+        "",
+        "The best EMA accuracy at an evaluation within so many minutes:",
+        "",
+        _row(["within", "attempt", "EMA"]),
+        "|---:|---|---:|",
+        *(_row([f"{m} min", name, _percent(best)]) for m in MINUTES for name, best in _best(runs, m)),
+        "",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
-def _tables(attempts: Sequence[Run], picture: Path) -> list[str]:
-    head = ["run", "network", "optimiser", "batch", "epochs", "minutes", "training", "images/s", "raw", "average"]
+def _table(runs: Sequence[Run], picture: Path) -> list[str]:
+    head = ["run", "network", "optimiser", "batch", "epochs", "minutes", "training", "images/s", "raw", "EMA"]
     lines = [
-        f"![accuracy against minutes]({picture.name})",
+        f"![EMA accuracy against minutes]({picture.name})",
         "",
         _row(head),
         "|---|---|---|" + "---:|" * (len(head) - 3),
     ]
-    for attempt in attempts:
-        last, recipe = attempt.epochs[-1], attempt.recipe
-        speed = statistics.median(record["images_per_second"] for record in attempt.epochs)
+    for run in runs:
+        last, recipe = run.epochs[-1], run.recipe
+        speed = statistics.median(record["images_per_second"] for record in run.epochs)
         lines.append(
             _row(
                 [
-                    attempt.name,
+                    run.name,
                     network(recipe) if recipe else "timm's resnetrs50",
                     optimiser(recipe) if recipe else "SGD",
                     str(recipe.train.batch_size) if recipe else "128",
                     f"{last['epoch']}",
-                    f"{last['seconds'] / 60:.1f}",
-                    f"{attempt.training_minutes:.1f}",
+                    f"{run.minutes:.1f}",
+                    f"{run.training_minutes:.1f}",
                     f"{speed:.0f}",
                     _percent(last["test_accuracy"]),
                     _percent(last["test_accuracy_ema"]),
                 ]
             )
         )
-    lines += [
-        "",
-        "Accuracy (of the average) at the last evaluation within so many minutes:",
-        "",
-        _row(["run", *(f"{m} min" for m in MINUTES)]),
-        "|---|" + "---:|" * len(MINUTES),
-    ]
-    return lines + [_row([a.name, *(_percent(a.after(m)) for m in MINUTES)]) for a in attempts]
+    return lines
+
+
+def _best(runs: Sequence[Run], minutes: float) -> list[tuple[str, float]]:
+    """The attempt with the best evaluation within ``minutes``, and its accuracy; nothing where there is none yet."""
+    found = [(accuracy(r), run.name) for run in runs for r in run.epochs if r["seconds"] <= 60 * minutes]
+    return [(name, best) for best, name in [max(found)]] if found else []
 
 
 def _seeds(attempts: Sequence[Run]) -> list[str]:
@@ -133,28 +155,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("--recipe", metavar="NAME", help="print the whole recipe of a run, and write nothing")
     options = parser.parse_args(arguments)
     if options.recipe:
-        recipes = {run.name: run.recipe for path in (ATTEMPTS, TEST_SET) for run in runs.load(path) if run.recipe}
+        recipes = {run.name: run.recipe for path in (ATTEMPTS, TEST_SET) for run in load(path) if run.recipe}
         if options.recipe not in recipes:
             parser.error(f"--recipe: expected one of {', '.join(recipes)}; got {options.recipe}")
         print(recipes[options.recipe].to_toml(), end="")
         return 0
     if options.add:
-        added = runs.read(options.add)
+        added = read(options.add)
         if not added.epochs:
             parser.error(f"--add {options.add}: expected the folder of a run with at least one epoch; found none")
-        runs.add(added, ATTEMPTS)
+        add(added, ATTEMPTS)
     write()
     return 0
 
 
 def write() -> None:
-    """Write the end of the document and its pictures."""
-    test_set, attempts = runs.load(TEST_SET), runs.load(ATTEMPTS)
-    write_section(DOCUMENT, HEADING, text(test_set, attempts))
-    if test_set:
-        draw_test_set(test_set, TEST_SET_PICTURE)
-    if attempts:
-        draw_attempts(attempts, ATTEMPTS_PICTURE)
+    """Write the two sections and their pictures."""
+    for path, (heading, until), section, draw, picture in (
+        (TEST_SET, TEST_SET_SECTION, test_set_section, draw_test_set, TEST_SET_PICTURE),
+        (ATTEMPTS, ATTEMPTS_SECTION, attempts_section, draw_attempts, ATTEMPTS_PICTURE),
+    ):
+        found = load(path)
+        write_section(DOCUMENT, heading, section(found), until)
+        if found:
+            draw(found, picture)
 
 
 if __name__ == "__main__":

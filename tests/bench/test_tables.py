@@ -9,6 +9,7 @@ from PIL import Image
 
 from bench.baselines import Case
 from bench.contender import OURS, Apart
+from bench.markdown import write_section
 from bench.scaling import AXES, DOCUMENT, H100_BYTES, H100_FLOPS, Point, draw, measure, predicted, rows_of, text
 from bench.speedrun import pictures, runs
 from bench.speedrun import run as speedrun
@@ -115,8 +116,7 @@ def test_attempts_of_a_speedrun(tmp_path):
         pytest.approx(0.35),
         None,
     ]
-    written = speedrun_table.text([], [attempt])
-    assert "No run is kept yet." in written
+    written = speedrun_table.test_set_section([attempt])
     assert (
         "| blocks [1, 2], width 1, stem 32, strides 2 and 2 | Muon 0.1, 0.9; SGD 0.1 | 64 | 3 | 12.0 | 11.5 | 200 |"
         in written
@@ -130,9 +130,7 @@ def test_seeds_of_a_recipe_are_summed_up():
         record |= {"images_per_second": 9.0}
         return runs.Run(name, None, [record | {"test_accuracy": accuracy, "test_accuracy_ema": accuracy}])
 
-    written = speedrun_table.text(
-        [run("fast-seed0", 0.91), run("fast-seed1", 0.93), run("other", 0.5)], [run("a", 0.4)]
-    )
+    written = speedrun_table.test_set_section([run("fast-seed0", 0.91), run("fast-seed1", 0.93), run("other", 0.5)])
     assert "**fast**, 2 seeds: mean 92.00%, standard deviation 1.41%, in 10.0 minutes of training each." in written
     assert "**other**" not in written
 
@@ -155,6 +153,7 @@ def _run(name, *evaluations):
 def test_the_frontier_has_the_runs_that_ended_better_than_all_before_them():
     made = [_run("late", (9, 0.8)), _run("worse", (7, 0.6)), _run("first", (1, 0.5), (5, 0.7)), _run("same", (8, 0.7))]
     assert [run.name for run in pictures.frontier(made)] == ["first", "late"]
+    assert speedrun_table._best(made, 0.5) == [] and speedrun_table._best(made, 5) == [("first", 0.7)]
 
 
 def test_pictures_of_runs_are_whole_and_leave_no_setting_behind(tmp_path):
@@ -170,8 +169,22 @@ def test_pictures_of_runs_are_whole_and_leave_no_setting_behind(tmp_path):
 
 
 def test_the_kept_attempts_make_the_document():
-    written = speedrun_table.text(runs.load(runs.TEST_SET), runs.load(runs.ATTEMPTS))
-    assert speedrun_table.DOCUMENT.read_text(encoding="utf-8").endswith(written)
+    document = speedrun_table.DOCUMENT.read_text(encoding="utf-8")
+    for section, (_, until), path in (
+        (speedrun_table.test_set_section, speedrun_table.TEST_SET_SECTION, runs.TEST_SET),
+        (speedrun_table.attempts_section, speedrun_table.ATTEMPTS_SECTION, runs.ATTEMPTS),
+    ):
+        assert f"\n\n{section(runs.load(path))}\n{until}\n" in document
+
+
+def test_a_section_is_written_between_what_stands_around_it(tmp_path):
+    document = tmp_path / "a.md"
+    document.write_text("# Title\n\n## Old\n\nwords\n\n### Old\n\n## Next\n\nkept\n", encoding="utf-8")
+    write_section(document, "## Old", "## Old\n\nnew\n", "## Next")
+    assert document.read_text(encoding="utf-8") == "# Title\n\n## Old\n\nnew\n\n## Next\n\nkept\n"
+    write_section(document, "## Next", "## Next\n\nlast\n")
+    write_section(document, "## More", "## More\n")
+    assert document.read_text(encoding="utf-8") == "# Title\n\n## Old\n\nnew\n\n## Next\n\nlast\n\n## More\n"
 
 
 def test_a_file_of_runs_gives_back_recipes_and_records(tmp_path):
