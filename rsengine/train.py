@@ -16,13 +16,12 @@ from rsengine.device import choose_execution, keep_freed_memory
 from rsengine.engine.graph import explain_step
 from rsengine.errors import run_command
 from rsengine.kernels import explain
-from rsengine.run.checkpoint import FILE, load_checkpoint
-from rsengine.run.files import write_atomically
+from rsengine.run.checkpoint import load_checkpoint
+from rsengine.run.files import CHECKPOINT_FILE, RECIPE_FILE, write_atomically
 from rsengine.run.progress import duration
 from rsengine.run.records import write_records
 from rsengine.trainer import Trainer
 
-RECIPE_FILE = "recipe.toml"
 say = functools.partial(print, flush=True)  # a log file shows a line when it is said, not kilobytes later
 
 
@@ -45,9 +44,9 @@ def _train(arguments: argparse.Namespace) -> int:
     state = None
     if arguments.resume:
         out = out or _latest_run(recipe.name)
-        state = load_checkpoint(out / FILE)
-        recipe = _resumed_recipe(arguments, Recipe.from_toml(state["recipe"], str(out / FILE)))
-    elif out is not None and (out / FILE).exists():
+        state = load_checkpoint(out / CHECKPOINT_FILE)
+        recipe = _resumed_recipe(arguments, Recipe.from_toml(state["recipe"], str(out / CHECKPOINT_FILE)))
+    elif out is not None and (out / CHECKPOINT_FILE).exists():
         raise UsageError(f"--out {out}: holds a run already; add --resume to go on with it, or name another folder")
 
     dataset = find_dataset(arguments.data, fallback_digits=arguments.or_digits, log=say)
@@ -137,7 +136,7 @@ def _resumed_recipe(arguments: argparse.Namespace, saved: Recipe) -> Recipe:
 
 
 def _latest_run(name: str) -> Path:
-    runs = sorted(path.parent for path in Path("runs").glob(f"{name}-*/{FILE}"))
+    runs = sorted(path.parent for path in Path("runs").glob(f"{name}-*/{CHECKPOINT_FILE}"))
     if not runs:
         raise UsageError(f"--resume: no run of recipe {name} with a checkpoint under runs/; name its folder with --out")
     return runs[-1]

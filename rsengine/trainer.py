@@ -22,8 +22,8 @@ from rsengine.engine.evaluation import Evaluation
 from rsengine.engine.graph import CapturedStep, CudaRecorder, choose_step, static_batch, uses_graph
 from rsengine.engine.step import image_sizes
 from rsengine.input.batches import open_batches
-from rsengine.run.checkpoint import BEST_FILE, FILE, CheckpointError, save_checkpoint
-from rsengine.run.files import atomic_path
+from rsengine.run.checkpoint import CheckpointError, save_checkpoint
+from rsengine.run.files import BEST_FILE, CHECKPOINT_FILE, atomic_path
 from rsengine.run.log import EPOCH, INTERVAL, START, RunLog
 from rsengine.run.machine import machine, versions
 from rsengine.run.progress import Display
@@ -211,7 +211,7 @@ class Trainer:
         self.save()
         if improved:
             with atomic_path(self.out / BEST_FILE) as temporary:
-                shutil.copyfile(self.out / FILE, temporary)
+                shutil.copyfile(self.out / CHECKPOINT_FILE, temporary)
 
     def evaluate(self) -> dict[str, Evaluation]:
         """Measure the raw and, where there is one, the averaged network on the test set; kept in :attr:`result`."""
@@ -272,7 +272,7 @@ class Trainer:
             raise self._diverged(self.steps_done - 1, "a weight")
 
     def _diverged(self, step: int, what: str) -> DivergedError:
-        last = self.out / FILE
+        last = self.out / CHECKPOINT_FILE
         good = f"the last good checkpoint is {last}" if last.exists() else "there is no good checkpoint yet"
         rate = self.step.update.learning_rates[step]
         return DivergedError(
@@ -307,7 +307,7 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint and, once an epoch is done, the weights to use. Refuses weights that are not finite."""
         self._check_weights()
-        save_checkpoint(self.out / FILE, self._state())
+        save_checkpoint(self.out / CHECKPOINT_FILE, self._state())
         if self.progress.batch == 0:
             save_weights(self.out, self.step.ema_model or self.step.model, self.recipe, self.dataset)
 
@@ -315,13 +315,13 @@ class Trainer:
         """Go on from a checkpoint. Raises :class:`CheckpointError` where it is of another data set or network."""
         if state["dataset"] != self._dataset_identity():
             raise CheckpointError(
-                f"{self.out / FILE}: the run was on other data ({state['dataset']}) than these "
+                f"{self.out / CHECKPOINT_FILE}: the run was on other data ({state['dataset']}) than these "
                 f"({self._dataset_identity()}); name its data with --data"
             )
         try:
             self.step.load_state_dict(state["step"])
         except ValueError as error:
-            raise CheckpointError(f"{self.out / FILE}: does not fit the recipe ({error})") from error
+            raise CheckpointError(f"{self.out / CHECKPOINT_FILE}: does not fit the recipe ({error})") from error
         self.progress = Progress(state["epoch"], state["batch"], state["seconds"], **state["totals"])
         self.best = state["best"]
         torch.set_rng_state(state["rng"]["cpu"])

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.speedrun import runs, table
-from rsengine.run.checkpoint import FILE
+from rsengine.run.files import CHECKPOINT_FILE
 from rsengine.run.log import RunLog
 
 BASELINES = ("timm-resnetrs50", "report-4")  # stopped by the clock; rsengine's own recipes have as many epochs as fit
@@ -32,7 +32,7 @@ def commands(out: Path, data: str | None, seeds: Sequence[int]) -> dict[str, lis
         return [sys.executable, "-m", module, *source, "--out", str(out / name), *options]
 
     def recipe(recipe: str, name: str, *options: str) -> list[str]:
-        resumed = (out / name / FILE).exists()
+        resumed = (out / name / CHECKPOINT_FILE).exists()
         return command("rsengine.train", name, *(["--resume"] if resumed else ["--recipe", recipe, *options]))
 
     found = {name: recipe("speedrun", name, "--seed", str(seed)) for seed in seeds for name in [f"speedrun-seed{seed}"]}

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rsengine.config import Recipe
-from rsengine.run.files import write_atomically
+from rsengine.run.files import RECIPE_FILE, write_atomically
 from rsengine.run.log import EPOCH, RunLog
-from rsengine.train import RECIPE_FILE
 
 ATTEMPTS, TEST_SET = (Path(__file__).with_name(f"{name}.jsonl") for name in ("attempts", "test_set"))
 

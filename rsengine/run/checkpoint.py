@@ -12,8 +12,6 @@ import torch
 from rsengine.data.errors import UserError
 from rsengine.run.files import atomic_path
 
-FILE = "checkpoint.pt"
-BEST_FILE = "best.pt"
 _FORMAT = "rsengine-checkpoint"
 _VERSION = 1
 _KEYS = ("recipe", "versions", "dataset", "epoch", "batch", "seconds", "totals", "best", "step", "rng")

@@ -1,4 +1,4 @@
-"""Writing files so that a kill or a power cut leaves the old file or the new one, never a part."""
+"""The files of a run folder, and writing them so that a kill or a power cut leaves the old one or the new one whole."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+RECIPE_FILE = "recipe.toml"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINT_FILE, BEST_FILE = "checkpoint.pt", "best.pt"
+WEIGHTS_FILE = "weights.safetensors"
+REPORT_FILE = "report.md"
+CURVES_FILE, CONFUSION_FILE, AUGMENTED_FILE = "curves.png", "confusion.png", "augmented.png"
 
 
 @contextlib.contextmanager

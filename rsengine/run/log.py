@@ -31,13 +31,11 @@ from typing import Any
 
 import numpy as np
 
-from rsengine.run.files import write_atomically
+from rsengine.run.files import METRICS_FILE, write_atomically
 
 START = "start"
 INTERVAL = "interval"
 EPOCH = "epoch"
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class RunLog:

@@ -12,6 +12,7 @@ from rsengine.engine.evaluation import Evaluation
 from rsengine.model import ResNetRS
 from rsengine.run import plots
 from rsengine.run.augmented import draw_augmented
+from rsengine.run.files import AUGMENTED_FILE, CONFUSION_FILE, CURVES_FILE
 from rsengine.run.log import EPOCH, INTERVAL, RunLog
 from rsengine.run.report import write_report
 
@@ -31,13 +32,13 @@ def write_records(
     """
     log = RunLog(out)
     title = f"{recipe.name} on {dataset.name}"
-    plots.curves(log.records(EPOCH), log.records(INTERVAL), out / "curves.png", title=title)
+    plots.curves(log.records(EPOCH), log.records(INTERVAL), out / CURVES_FILE, title=title)
     seed = recipe.train.seed
-    draw_augmented(dataset, recipe.augment, out / "augmented.png", title=f"{title}: augmentation", seed=seed)
+    draw_augmented(dataset, recipe.augment, out / AUGMENTED_FILE, title=f"{title}: augmentation", seed=seed)
     weights = "ema" if "ema" in result else "raw"
     matrix = result[weights].confusion if result else None
     if matrix is not None:
-        plots.confusion(matrix, out / "confusion.png", classes=dataset.classes, title=f"{title}, {weights} weights")
+        plots.confusion(matrix, out / CONFUSION_FILE, classes=dataset.classes, title=f"{title}, {weights} weights")
     write_report(
         out,
         recipe_toml=recipe.to_toml(),

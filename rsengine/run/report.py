@@ -11,18 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from rsengine.run.files import write_atomically
-from rsengine.run.log import EPOCH, INTERVAL, METRICS_FILE, START, RunLog
+from rsengine.run.files import AUGMENTED_FILE, CONFUSION_FILE, CURVES_FILE, METRICS_FILE, REPORT_FILE, write_atomically
+from rsengine.run.log import EPOCH, INTERVAL, START, RunLog
 from rsengine.run.machine import machine, versions
 from rsengine.run.progress import duration
 
-REPORT_FILE = "report.md"
-
 # File name, and the text for a reader who cannot see the picture.
 _PICTURES = {
-    "curves.png": "Loss, accuracy and learning rate against epochs",
-    "confusion.png": "Confusion matrix of the test set, in percent of each true class",
-    "augmented.png": "Training images before and after augmentation",
+    CURVES_FILE: "Loss, accuracy and learning rate against epochs",
+    CONFUSION_FILE: "Confusion matrix of the test set, in percent of each true class",
+    AUGMENTED_FILE: "Training images before and after augmentation",
 }
 _TABLE_ROWS = 42  # about 40; two more let 200 epochs be shown as 1, 5, 10, …, 200
 _NONE = "–"
@@ -82,15 +80,15 @@ def write_report(
     if notes:
         parts += ["## Notes", _bullets(notes)]
     if epochs:
-        parts += ["## Training", *_picture(folder, "curves.png"), *_epoch_table(epochs)]
-    elif _picture(folder, "curves.png"):
-        parts += ["## Training", *_picture(folder, "curves.png")]
-    if matrix is not None or _picture(folder, "confusion.png"):
-        parts += ["## Classes", *_picture(folder, "confusion.png")]
+        parts += ["## Training", *_picture(folder, CURVES_FILE), *_epoch_table(epochs)]
+    elif _picture(folder, CURVES_FILE):
+        parts += ["## Training", *_picture(folder, CURVES_FILE)]
+    if matrix is not None or _picture(folder, CONFUSION_FILE):
+        parts += ["## Classes", *_picture(folder, CONFUSION_FILE)]
         if matrix is not None:
             parts += [*_class_tables(matrix, classes), *_confusions(matrix, classes)]
-    if _picture(folder, "augmented.png"):
-        parts += ["## What the network is shown", *_picture(folder, "augmented.png")]
+    if _picture(folder, AUGMENTED_FILE):
+        parts += ["## What the network is shown", *_picture(folder, AUGMENTED_FILE)]
     parts += ["## Recipe", _fenced(recipe_toml, "toml")]
     parts += ["## Machine and versions", *_machine_table(starts)]
 

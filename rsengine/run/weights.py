@@ -16,9 +16,8 @@ from rsengine.config import Recipe, RecipeError
 from rsengine.data.errors import UserError
 from rsengine.engine.build import build_model
 from rsengine.model import ResNetRS
-from rsengine.run.files import write_atomically
+from rsengine.run.files import WEIGHTS_FILE, write_atomically
 
-FILE = "weights.safetensors"
 _FORMAT = "rsengine-weights-1"
 
 
@@ -50,7 +49,7 @@ def save_weights(folder: Path, model: nn.Module, recipe: Recipe, dataset: object
         "mean": json.dumps(list(dataset.mean)),
         "std": json.dumps(list(dataset.std)),
     }
-    path = Path(folder) / FILE
+    path = Path(folder) / WEIGHTS_FILE
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(path, save(state, metadata))
     return path
@@ -62,7 +61,7 @@ def load_weights(path: str | Path) -> Weights:
 
     path = Path(path)
     if path.is_dir():
-        path = path / FILE
+        path = path / WEIGHTS_FILE
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; give a run folder whose training has finished an epoch")
     try:

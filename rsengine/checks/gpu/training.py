@@ -14,7 +14,8 @@ from typing import Any
 from rsengine.checks.gpu.device import Setup
 from rsengine.checks.gpu.suites import die_with_this_process, last_words
 from rsengine.data import find_dataset
-from rsengine.run.log import EPOCH, METRICS_FILE, START
+from rsengine.run.files import METRICS_FILE
+from rsengine.run.log import EPOCH, START
 
 GOAL = 0.9119  # on CIFAR-10: the test accuracy of the report that this project grew out of
 DRY_RUN = ("--set", "train.limit_train_batches=4", "--epochs", "2")
