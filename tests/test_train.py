@@ -142,11 +142,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(toy, monkeypatch,
 
         self.step.__class__ = Counted
 
+    evaluations, write_records = [], train_module.write_records
+
+    def evaluated(self):
+        evaluations.append(self.steps_done)
+        return plain_evaluate(self)
+
+    def written(*arguments, **options):
+        print("records are written")
+        write_records(*arguments, **options)
+
+    plain_evaluate = Trainer.evaluate
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "__init__", stopping)
+        patch.setattr(Trainer, "evaluate", evaluated)
+        patch.setattr(train_module, "write_records", written)
         assert toy(out="parts") == 130
     output = capsys.readouterr().out
     assert f"stopped after step {stop_at} of 27" in output
+    assert output.index("Go on with: ") < output.index("records are written")
+    assert evaluations == [9] * (stop_at > 9)  # who stops a run does not wait for an evaluation
     assert re.search(r"Go on with: python -m rsengine.train --resume --out parts --data \S+", output)
     assert "Unfinished run" in Path("parts/report.md").read_text()
     assert toy("--resume", out="parts") == 0

@@ -250,7 +250,7 @@ def test_a_set_that_does_not_fit_is_refused_before_it_is_read(toy_dataset, monke
         raise AssertionError("the pixels were read")
 
     monkeypatch.setattr(module, "read_images", unread)
-    needed = 150 * (32 * 32 * 3 + 8) + 4 * 2 * 144
+    needed = (150 + 21) * (32 * 32 * 3 + 8) + 4 * 2 * 144  # both sets, and the orders of the epochs
     monkeypatch.setattr(module, "free_memory", lambda device: needed - 1)
     with pytest.raises(
         ValueError, match=r"train\.loader: 'resident' needs .* on cpu .* are free; use train\.loader=ffcv"
