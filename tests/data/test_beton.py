@@ -19,7 +19,7 @@ from rsengine.data.beton.reader import BetonReader
 from rsengine.data.beton.scan import scan
 from rsengine.data.beton.writer import Job, verify_beton, write_betons
 from rsengine.data.sources.images import ArraySplit
-from tests.data.data_builders import class_folders, pixels
+from tests.data.data_builders import abandoned_shared_memory, class_folders, pixels
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -66,7 +66,7 @@ def test_a_writer_in_trouble_is_ended(tmp_path, action, message):
     good = split_of()
     split = Misbehaving(good.images, good.labels, "made up", action=action, note=str(tmp_path / "pid"))
     job = Job(tmp_path / "a.beton", split, job_of(tmp_path, good).scan)
-    shared = set(os.listdir("/dev/shm"))
+    abandoned = abandoned_shared_memory()
     start = time.monotonic()
     with pytest.raises(DataError, match=message):
         write_betons([job], tmp_path, workers=2, stall_seconds=1.0 if action == "hang" else 60.0)
@@ -77,7 +77,7 @@ def test_a_writer_in_trouble_is_ended(tmp_path, action, message):
         time.sleep(0.05)
     else:
         pytest.fail("a worker is still running")
-    assert set(os.listdir("/dev/shm")) <= shared
+    assert abandoned_shared_memory() <= abandoned
 
 
 def test_writer_that_cannot_start(tmp_path):

@@ -21,7 +21,7 @@ from rsengine.data.beton import scan as scan_module
 from rsengine.data.convert import main
 from rsengine.data.sources import images
 from rsengine.data.staging import is_alive, staged_folder
-from tests.data.data_builders import class_folders
+from tests.data.data_builders import class_folders, shared_memory_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 convert_module = sys.modules["rsengine.data.convert"]  # the package has the function under this name
@@ -166,9 +166,8 @@ def assert_all_gone(session: int, shared: set[str]) -> None:
     [(signal.SIGTERM, 143, "scan"), (signal.SIGINT, 130, "scan"), (signal.SIGINT, 130, "write")],
 )
 def test_signals(tmp_path, number, code, phase):
-    before = set(os.listdir("/dev/shm"))
     pid, wait = started(tmp_path, phase)
-    shared = set(os.listdir("/dev/shm")) - before
+    shared = shared_memory_of(members(pid))
     if number == signal.SIGINT:
         os.killpg(pid, number)  # to all its processes, as the terminal does
     else:
@@ -182,9 +181,8 @@ def test_signals(tmp_path, number, code, phase):
 
 @pytest.mark.parametrize("phase", ["scan", "write"])
 def test_kill_leaves_only_a_folder_that_the_next_conversion_removes(tmp_path, phase):
-    before = set(os.listdir("/dev/shm"))
     pid, wait = started(tmp_path, phase)
-    shared = set(os.listdir("/dev/shm")) - before
+    shared = shared_memory_of(members(pid))
     assert len(members(pid)) >= (4 if phase == "write" else 3)  # itself, the writer, two workers
     assert shared or phase == "scan"
     os.kill(pid, signal.SIGKILL)
