@@ -1,4 +1,6 @@
-"""Runs ``jit/test_*.py`` in Triton's interpreter: one process a file, two at once, and one test here for each.
+"""Runs ``jit/test_*.py`` in Triton's interpreter: one process a file, and one test here for each.
+
+Two of them run at once, but one where pytest itself has several processes.
 
 The longer grid: ``TRITON_INTERPRET=1 python -m pytest tests/kernels/jit -m slow_grid``.
 """
@@ -18,10 +20,10 @@ TIMEOUT = 1200  # seconds: against a kernel that never ends, not a budget
 pytest.importorskip("triton")
 
 
-def run(name):
+def run(name, options):
     # No GPU in there: the same files run natively where there is one, collected like any other test.
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", f"tests/kernels/jit/{name}", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", f"tests/kernels/jit/{name}", "-q", "-p", "no:cacheprovider", *options]
     return subprocess.run(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT
     )
@@ -31,8 +33,11 @@ def run(name):
 def runs(request):
     """A future for each file that this session selected, all of them under way."""
     names = [item.callspec.params["name"] for item in request.session.items if item.path == Path(__file__)]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        yield {name: pool.submit(run, name) for name in names}
+    # What this session leaves out of a grid is left out in there too.
+    is_short = "not thorough" in request.config.option.markexpr
+    options = ["-m", "not slow_grid and not thorough"] if is_short else []
+    with ThreadPoolExecutor(max_workers=1 if "PYTEST_XDIST_WORKER" in os.environ else 2) as pool:
+        yield {name: pool.submit(run, name, options) for name in names}
         pool.shutdown(cancel_futures=True)
 
 
