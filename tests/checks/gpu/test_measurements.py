@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import rsengine.kernels
 from bench import gpu_baselines
 from bench.baselines import Case, recipe_of, timm_network
 from rsengine.checks.gpu import equality, kernels, overlap, profile, random_numbers, smoke, steps, throughput
-from rsengine.checks.gpu.device import LABEL, Work, labelled_kernels
+from rsengine.checks.gpu.device import LABEL, Work, copy_rate, labelled_kernels, product_rate
 from rsengine.checks.gpu.equality import difference, loss_difference
 from rsengine.checks.launches import PARTS, PRODUCTS
 from rsengine.engine.build import build_model
@@ -195,7 +196,10 @@ class Profiled(StandIn):
         return [(i, [f"k{i % 7}"]) for i in sorted(int(name.removeprefix(LABEL)) for name in labels)]
 
 
-def test_the_profile_of_a_step():
+def test_the_profile_of_a_step(monkeypatch):
+    # A CPU would take half a minute for what is right for a GPU: a product of 8192 x 8192, copies of a gigabyte.
+    monkeypatch.setattr(profile, "product_rate", partial(product_rate, side=64))
+    monkeypatch.setattr(profile, "copy_rate", partial(copy_rate, size=2**20))
     found = profile.measure("report-1, batch 128", setup(Profiled()))
     assert found["kernels"] == 41 and found["kernel_us"] == 41 and found["idle_share"] == pytest.approx(0.5, abs=0.01)
     assert [part for part in found["parts"] if part["part"] == profile.UNPLACED][0]["kernels"] == 1
