@@ -212,7 +212,7 @@ def test_a_warm_up_may_run_past_the_end_of_the_run():
     run(step, 5)
     assert int(step.counter) == 5
     learning_rate = float(step.update.lr_table[-1])
-    step.momentum, before = 0.0, step.model.fc.bias.detach().clone()
+    step.update.momentum, before = 0.0, step.model.fc.bias.detach().clone()
     run(step, 1)
     torch.testing.assert_close(before - learning_rate * step.model.fc.bias.grad, step.model.fc.bias.detach())
 
