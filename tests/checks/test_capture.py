@@ -3,6 +3,7 @@
 Registering the fake device lasts for the rest of a process, so all of it happens in one other process.
 """
 
+import gc
 import multiprocessing
 import traceback
 from pathlib import Path
@@ -69,6 +70,9 @@ def elsewhere():
 
 def serve(connection):
     while (task := connection.recv()) is not None:
+        # The check collects garbage after every step; what was there before, most of it PyTorch's, is not searched.
+        gc.collect()
+        gc.freeze()
         try:
             connection.send((True, task[0](*task[1])))
         except Exception:
