@@ -69,6 +69,17 @@ def toy(tmp_path, toy_dataset, monkeypatch):
     return run
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, toy_dataset):
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    recipe, out = folder / "toy.toml", folder / "run"
+    recipe.write_text(RECIPE)
+    options = ["--recipe", recipe, "--data", toy_dataset.folder, "--device", "cpu", "--out", out]
+    assert train_module.main([str(option) for option in options]) == 0
+    return out
+
+
 def state_of(folder):
     return load_checkpoint(Path(folder) / "checkpoint.pt")
 
@@ -124,8 +135,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(toy):
 
 
 @pytest.mark.parametrize("stop_at", [5, 9, 13], ids=["in the first epoch", "at its end", "in the second epoch"])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(toy, monkeypatch, capsys, stop_at):
-    assert toy(out="whole") == 0
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(toy, whole_run, monkeypatch, capsys, stop_at):
     plain = Trainer.__init__
 
     def stopping(self, *arguments, **options):
@@ -165,10 +175,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(toy, monkeypatch,
     assert re.search(r"Go on with: python -m rsengine.train --resume --out parts --data \S+", output)
     assert "Unfinished run" in Path("parts/report.md").read_text()
     assert toy("--resume", out="parts") == 0
-    whole, parts = state_of("whole"), state_of("parts")
+    whole, parts = state_of(whole_run), state_of("parts")
     assert_same_tensors(whole["step"], parts["step"])
     assert torch.equal(whole["rng"]["cpu"], parts["rng"]["cpu"])
-    logs = [RunLog(Path(folder)).records("epoch") for folder in ("whole", "parts")]
+    logs = [RunLog(Path(folder)).records("epoch") for folder in (whole_run, "parts")]
     for a, b in zip(*logs, strict=True):
         for key in ("epoch", "step", "train_accuracy", "test_loss_ema", "test_accuracy", "learning_rate"):
             assert a[key] == b[key], key
@@ -394,8 +404,7 @@ def test_a_captured_run_stopped_and_resumed_equals_a_plain_one_bit_for_bit(
     assert [r["graph"] for r in RunLog(Path("captured")).records("start")] == [True, True]
 
 
-def test_evaluation_every_other_epoch_changes_nothing_but_the_records(toy, monkeypatch):
-    assert toy(out="each") == 0
+def test_evaluation_every_other_epoch_changes_nothing_but_the_records(toy, whole_run, monkeypatch):
     plain = Trainer.save
 
     def stopping(self):
@@ -409,8 +418,8 @@ def test_evaluation_every_other_epoch_changes_nothing_but_the_records(toy, monke
         assert toy(*every, out="other") == 130
     assert not RunLog(Path("other")).records("epoch")
     assert toy(*every, "--resume", out="other") == 0
-    assert_same_tensors(state_of("each")["step"], state_of("other")["step"])
-    each, other = (RunLog(Path(out)).records("epoch") for out in ("each", "other"))
+    assert_same_tensors(state_of(whole_run)["step"], state_of("other")["step"])
+    each, other = (RunLog(Path(out)).records("epoch") for out in (whole_run, "other"))
     assert [record["epoch"] for record in other] == [2, 3]  # the last one is always measured
     assert [record["test_loss_ema"] for record in other] == [each[1]["test_loss_ema"], each[2]["test_loss_ema"]]
     assert other[0]["train_loss"] == pytest.approx((each[0]["train_loss"] + each[1]["train_loss"]) / 2, rel=1e-9)
