@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import choose_native
-from .squeeze_excitation import squeeze_excite_residual
+from .squeeze_excitation import check_residual, squeeze_excite_residual
 
-SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 SEGMENT_ROWS = 64
 
 
@@ -40,8 +39,8 @@ def batch_norm(
 
     Args:
         x: (N, C, H, W) floating point; native copies what is not channels_last.
-        weight, bias: (C,) float32.
-        running_mean, running_var: (C,) float32, moved in place by ``momentum`` towards the mean and the unbiased
+        weight, bias: (C,) floating point; native takes contiguous float32.
+        running_mean, running_var: (C,) as the weights, moved in place by ``momentum`` towards the mean and the unbiased
             variance of the batch.
         impl: ``"auto"``, ``"native"`` or ``"eager"``; :func:`rsengine.kernels.explain` says what ``"auto"`` chooses.
 
@@ -52,8 +51,9 @@ def batch_norm(
         ValueError: a shape or ``impl`` does not fit, or a channel has a single value.
         RuntimeError: ``impl="native"`` where it cannot run.
     """
-    _check(x, weight, bias, running_mean, running_var)
-    if choose_native("batch_norm", impl, x) == "native":
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    _check(x, vectors)
+    if choose_native("batch_norm", impl, {"x": x}, vectors) == "native":
         return _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps, relu)
     # As vectors, the gradient of a map of one pixel is fourteen times faster on the CPU.
     vectors = x.device.type == "cpu" and x.shape[2:] == (1, 1)
@@ -93,14 +93,15 @@ def batch_norm_squeeze_excite_residual(
     Raises:
         ValueError, RuntimeError: as the two functions do.
     """
-    _check(x, weight, bias, running_mean, running_var)
-    if shortcut.shape != x.shape:
-        raise ValueError(f"shortcut: expected the shape of x, {tuple(x.shape)}; got {tuple(shortcut.shape)}")
-    fits = shortcut.dtype == x.dtype
-    if choose_native("batch_norm_squeeze_excite_residual", impl if fits else "eager", x) == "native":
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    _check(x, vectors)
+    check_residual(x, w1, b1, w2, b2, shortcut, keep_scale)
+    maps = {"x": x, "shortcut": shortcut}
+    if choose_native("batch_norm_squeeze_excite_residual", impl, maps, vectors) == "native":
         buffers = running_mean, running_var, momentum, eps
         return _Tail.apply(x, shortcut, weight, bias, w1, b1, w2, b2, keep_scale, buffers)
-    x = batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, impl="eager" if fits else "auto")
+    # Native batch norm still takes a map whose shortcut has another dtype.
+    x = batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, impl=impl)
     return squeeze_excite_residual(x, w1, b1, w2, b2, shortcut, keep_scale)
 
 
@@ -113,7 +114,7 @@ class _BatchNorm(torch.autograd.Function):
         scale = weight * deviation
         shift = bias - mean * scale
         y = torch.empty_like(x)
-        _run("affine", x, *_rows(x), scale, shift, int(relu), y)
+        _run("affine", x, *_rows(x), scale, shift, int(relu), y, torch.get_num_threads())
         ctx.save_for_backward(x, mean, deviation, scale, shift)
         ctx.relu = int(relu)
         return y
@@ -125,11 +126,12 @@ class _BatchNorm(torch.autograd.Function):
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
         rows, channels = _rows(x)
         total, product = torch.empty_like(mean), torch.empty_like(mean)
-        scratch = mean.new_empty(torch.get_num_threads() * 2 * channels)
-        _run("affine_sums", dy, x, rows, channels, scale, shift, mean, ctx.relu, total, product, scratch)
+        threads = torch.get_num_threads()
+        scratch = mean.new_empty(threads * 2 * channels)
+        _run("affine_sums", dy, x, rows, channels, scale, shift, mean, ctx.relu, total, product, scratch, threads)
         constant, slope = -scale * total / rows, -scale * deviation.square() * product / rows
         dx = torch.empty_like(x)
-        _run("affine_gradient", dy, x, rows, channels, scale, shift, mean, constant, slope, ctx.relu, dx)
+        _run("affine_gradient", dy, x, rows, channels, scale, shift, mean, constant, slope, ctx.relu, dx, threads)
         return dx, product * deviation, total, None, None, None, None, None
 
 
@@ -155,7 +157,8 @@ class _Tail(torch.autograd.Function):
         gate = torch.sigmoid(F.linear(hidden, second, b2.to(dtype)).float())
         kept = gate if keep_scale is None else gate * keep_scale.float()[:, None]
         y = torch.empty_like(x)
-        _run("tail", x, shortcut, images, pixels, x.shape[1], kept * scale, kept * (bias - mean * scale), y)
+        shape, shift = (images, pixels, x.shape[1]), kept * (bias - mean * scale)
+        _run("tail", x, shortcut, *shape, kept * scale, shift, y, torch.get_num_threads())
         ctx.save_for_backward(
             x, y, mean, deviation, scale, bias, centred, squeezed, hidden, gate, first, second, keep_scale
         )
@@ -170,10 +173,10 @@ class _Tail(torch.autograd.Function):
         w1_dtype, b1_dtype, w2_dtype, b2_dtype = ctx.dtypes
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
         images, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-        rows, shape = images * pixels, (images, pixels, channels)
+        rows, shape, threads = images * pixels, (images, pixels, channels), torch.get_num_threads()
         # Of g, the gradient past the ReLU: its sum over the pixels of each image, and that of g * (x - mean).
         total, product = torch.empty_like(gate), torch.empty_like(gate)
-        _run("tail_sums", dy, y, x, *shape, mean, total, product)
+        _run("tail_sums", dy, y, x, *shape, mean, total, product, threads)
         dgate = torch.addcmul(bias * total, scale, product)
         kept = gate
         if keep_scale is not None:
@@ -188,7 +191,7 @@ class _Tail(torch.autograd.Function):
         constant = (dsqueezed / pixels - sums / rows) * scale
         slope = -scale * deviation.square() * products / rows
         dx, dshortcut = torch.empty_like(x), torch.empty_like(x)
-        _run("tail_gradient", dy, y, x, *shape, mean, kept * scale, constant, slope, dx, dshortcut)
+        _run("tail_gradient", dy, y, x, *shape, mean, kept * scale, constant, slope, dx, dshortcut, threads)
         return (
             dx,
             dshortcut,
@@ -208,10 +211,10 @@ def _statistics(
 ) -> tuple[Tensor, ...]:
     """Mean and biased variance, (C,); sums of each segment of rows, (segments, C). Moves the buffers."""
     rows, channels = _rows(x)
-    new = running_mean.new_empty
-    mean, variance, sums = new(channels), new(channels), new(-(-rows // segment), channels)
-    scratch = new(torch.get_num_threads() * 4 * channels)
-    _run("statistics", x, rows, channels, segment, sums, mean, variance, scratch)
+    threads = torch.get_num_threads()
+    shapes = (channels,), (channels,), (-(-rows // segment), channels), (threads, 4, channels)
+    mean, variance, sums, scratch = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    _run("statistics", x, rows, channels, segment, sums, mean, variance, scratch, threads)
     running_mean.lerp_(mean, momentum)
     running_var.lerp_(variance * (rows / (rows - 1)), momentum)
     return mean, variance, sums
@@ -225,14 +228,13 @@ def _rows(x: Tensor) -> tuple[int, int]:
 def _run(name: str, x: Tensor, *arguments: Tensor | int) -> None:
     from .native.library import call
 
-    call(name, SUFFIXES[x.dtype], x, *arguments, torch.get_num_threads())
+    call(name, x, *arguments)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
+def _check(x: Tensor, vectors: dict[str, Tensor]) -> None:
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x: expected floating point (N, C, H, W); got {x.dtype} {tuple(x.shape)}")
-    names = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    for name, tensor in names.items():
+    for name, tensor in vectors.items():
         if tuple(tensor.shape) != (x.shape[1],):
             raise ValueError(f"{name}: expected ({x.shape[1]},); got {tuple(tensor.shape)}")
     if x.shape[0] * x.shape[2] * x.shape[3] == 1:

@@ -57,6 +57,8 @@ def explain(op: str, device: torch.device | str | None = None) -> str:
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if op in NATIVE_OPS:
         native, reason = _native_on(place.type)
+        if native:
+            reason += "; parameters and running statistics that are not contiguous float32 take eager"
         return f"{op}: {'native' if native else 'eager'} on {place}, because {reason}"
     automatic, _, reason = _triton_on(place.type, place.index)
     return f"{op}: {'triton' if automatic else 'eager'} on {place}, because {reason}"
@@ -83,8 +85,12 @@ def choose(op: str, impl: str, tensor: Tensor) -> str:
     return "triton"
 
 
-def choose_native(op: str, impl: str, tensor: Tensor) -> str:
-    """``"native"`` or ``"eager"`` for an ``op`` of :data:`NATIVE_OPS` whose main input is ``tensor``.
+def choose_native(op: str, impl: str, maps: dict[str, Tensor], vectors: dict[str, Tensor]) -> str:
+    """``"native"`` or ``"eager"`` for an ``op`` of :data:`NATIVE_OPS`.
+
+    Args:
+        maps: the inputs with pixels, by name: the main one first, the others in its dtype.
+        vectors: the parameters and statistics of the channels, by name.
 
     Raises:
         ValueError: ``impl`` is not one of :data:`NATIVE_IMPLEMENTATIONS`.
@@ -94,19 +100,36 @@ def choose_native(op: str, impl: str, tensor: Tensor) -> str:
         raise ValueError(f"impl: expected one of {', '.join(NATIVE_IMPLEMENTATIONS)}; got {impl!r}")
     if impl == "eager":
         return "eager"
-    if torch.compiler.is_compiling():
-        possible, reason = False, "torch.compile sees only PyTorch's operators"
-    elif tensor.dtype not in NATIVE_DTYPES:
-        possible, reason = False, f"the passes are written for float32 and bfloat16, and the input is {tensor.dtype}"
-    elif type(tensor) not in (Tensor, torch.nn.Parameter):
-        possible, reason = False, f"the input is a {type(tensor).__name__}, which has no memory to pass over"
-    elif not tensor.numel():
-        possible, reason = False, "the input is empty"
-    else:
-        possible, reason = _native_on(tensor.device.type)
+    possible, reason = False, "torch.compile sees only PyTorch's operators"
+    if not torch.compiler.is_compiling():
+        possible, reason = False, _unfit_for_native(maps, vectors)
+        if not reason:
+            possible, reason = _native_on(next(iter(maps.values())).device.type)
     if impl == "native" and not possible:
         raise RuntimeError(f"impl: 'native' cannot run {op} here, because {reason}; use 'auto' or 'eager'")
     return "native" if possible else "eager"
+
+
+def _unfit_for_native(maps: dict[str, Tensor], vectors: dict[str, Tensor]) -> str:
+    """Why C cannot have these tensors, or nothing. It gets addresses: a tensor of another kind would be misread."""
+    main = next(iter(maps.values()))
+    if main.dtype not in NATIVE_DTYPES:
+        return f"the passes are written for float32 and bfloat16, and the input is {main.dtype}"
+    if not main.numel():
+        return "the input is empty"
+    for name, tensor in (maps | vectors).items():
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"{name} is a {type(tensor).__name__}, which has no memory to pass over"
+        if tensor.device != main.device:
+            return f"{name} is on {tensor.device} and the input on {main.device}"
+    for name, tensor in maps.items():
+        if tensor.dtype != main.dtype:
+            return f"{name} is {tensor.dtype} and the input {main.dtype}"
+    for name, tensor in vectors.items():
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            kind = "" if tensor.is_contiguous() else "non-contiguous "
+            return f"the passes take contiguous float32 vectors, and {name} is {kind}{tensor.dtype}"
+    return ""
 
 
 def _native_on(device_type: str) -> tuple[bool, str]:

@@ -62,12 +62,7 @@ def squeeze_excite_residual(
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         RuntimeError: ``impl="triton"`` where it cannot run.
     """
-    _check(x, w1, b1, w2, b2)
-    if shortcut.shape != x.shape:
-        raise ValueError(f"shortcut: expected the shape of x, {tuple(x.shape)}; got {tuple(shortcut.shape)}")
-    if keep_scale is not None and keep_scale.shape != x.shape[:1]:
-        raise ValueError(f"keep_scale: expected ({x.shape[0]},); got {tuple(keep_scale.shape)}")
-    _check_kind(x, shortcut=shortcut, keep_scale=keep_scale)
+    check_residual(x, w1, b1, w2, b2, shortcut, keep_scale)
     keep_scale = None if keep_scale is None else keep_scale.detach()
     if choose("squeeze_excite_residual", impl, x) == "triton":
         return torch.ops.rsengine.squeeze_excite(x, w1, b1, w2, b2, shortcut, keep_scale)[0]
@@ -129,6 +124,18 @@ def _gate(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """(N, C, 1, 1) gate in the dtype of ``x``. The mean accumulates in float32 whatever the dtype of ``x``."""
     hidden = F.relu(F.linear(x.mean(dim=(2, 3)).to(w1.dtype), w1, b1))
     return torch.sigmoid(F.linear(hidden, w2, b2)).to(x.dtype)[:, :, None, None]
+
+
+def check_residual(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, shortcut: Tensor, keep_scale: Tensor | None
+) -> None:
+    """Raise what :func:`squeeze_excite_residual` raises where shapes, dtypes or devices do not fit."""
+    _check(x, w1, b1, w2, b2)
+    if shortcut.shape != x.shape:
+        raise ValueError(f"shortcut: expected the shape of x, {tuple(x.shape)}; got {tuple(shortcut.shape)}")
+    if keep_scale is not None and keep_scale.shape != x.shape[:1]:
+        raise ValueError(f"keep_scale: expected ({x.shape[0]},); got {tuple(keep_scale.shape)}")
+    _check_kind(x, shortcut=shortcut, keep_scale=keep_scale)
 
 
 def _check(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:

@@ -7,18 +7,21 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 SOURCES = [Path(__file__).with_name(name) for name in ("passes.c", "passes.h")]
 # No -ffast-math: NaN must stay NaN. Channels are added up side by side, which needs no reordering of sums.
 FLAGS = ["-std=c11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared"]
 COMPILERS = ("cc", "gcc", "clang")
+SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}  # of the functions, by the dtype of the maps
 
 
 @functools.lru_cache(maxsize=1)
@@ -37,10 +40,39 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the compiled passes cannot be kept or loaded: {error}"
 
 
-def call(name: str, suffix: str, *arguments: Tensor | int) -> None:
-    """Call ``name_suffix`` of the library, which must have loaded: tensors as addresses, integers as int64_t."""
-    function = getattr(load()[0], f"{name}_{suffix}")
-    function(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in arguments))
+def call(name: str, first: Tensor, *others: Tensor | int) -> None:
+    """Call the function ``name`` of the library, which must have loaded, for maps of the dtype of ``first``.
+
+    Raises:
+        TypeError: a tensor is not what the function reads or writes at its address.
+        ValueError: the number of arguments is not the function's.
+    """
+    arguments = zip(_signatures()[name], (first, *others), strict=True)
+    converted = [_converted(parameter, kind, value, first) for (parameter, kind), value in arguments]
+    getattr(load()[0], f"{name}_{SUFFIXES[first.dtype]}")(*converted)
+
+
+@functools.lru_cache(maxsize=1)
+def _signatures() -> dict[str, list[tuple[str, str]]]:
+    """Name and type (T of a map's element, float, int64_t) of each parameter, read from the functions themselves."""
+    found = re.findall(r"^void NAME\((\w+)\)\(([^)]*)\)", SOURCES[1].read_text(encoding="utf-8"), re.MULTILINE)
+    parameter = re.compile(r"(?:const )?(T|float|int64_t) (?:\*restrict )?(\w+)$")
+    return {
+        name: [parameter.match(" ".join(each.split())).group(2, 1) for each in parameters.split(",")]
+        for name, parameters in found
+    }
+
+
+def _converted(name: str, kind: str, value: Tensor | int, first: Tensor) -> ctypes.c_void_p | ctypes.c_int64:
+    if kind == "int64_t":
+        return ctypes.c_int64(value)
+    dtype, layout = (first.dtype, torch.channels_last) if kind == "T" else (torch.float32, torch.contiguous_format)
+    fits = value.device.type == "cpu" and value.dtype == dtype and value.is_contiguous(memory_format=layout)
+    if not fits or (kind == "T" and value.shape != first.shape):
+        expected = f"{dtype} {tuple(first.shape)} in channels_last" if kind == "T" else f"contiguous {dtype}"
+        got = f"{value.dtype} {tuple(value.shape)} with strides {value.stride()} on {value.device}"
+        raise TypeError(f"{name}: expected {expected} on the CPU; got {got}")
+    return ctypes.c_void_p(value.data_ptr())
 
 
 def _compiled(compiler: list[str]) -> Path:

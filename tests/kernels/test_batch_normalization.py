@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rsengine.kernels import batch_norm, batch_norm_squeeze_excite_residual, reference
+from rsengine.kernels import batch_norm, batch_norm_squeeze_excite_residual, explain, reference
+from rsengine.kernels.native import library
 from tests.tolerances import assert_close
 
 # (images, channels, height, width): one pixel; odd everything; fewer rows than threads and than a block; more than one
@@ -182,6 +183,133 @@ def test_where_native_cannot_run_it_says_why_and_auto_is_eager():
             torch.testing.assert_close(normalise(x, "auto"), expected)
     with pytest.raises(ValueError, match="impl: expected one of auto, native, eager; got 'triton'"):
         normalise(torch.randn(2, 4, 3, 3), "triton")
+
+
+MODEL = """
+import torch
+from rsengine.model import resnet_rs
+torch.manual_seed(0)
+model = resnet_rs(26, 10, stem_width=16).train()
+x, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+expected = model.stages(model.stem(x))
+model = model.bfloat16()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+found = model.stages(model.stem(x.bfloat16()))
+assert (found - expected).norm() < 0.05 * expected.norm()
+losses = []
+for _ in range(3):
+    losses.append(torch.nn.functional.cross_entropy(model(x.bfloat16()).float(), labels))
+    optimizer.zero_grad()
+    losses[-1].backward()
+    optimizer.step()
+assert losses[-1] < losses[0], losses
+"""
+
+
+def test_a_model_of_bfloat16_weights_trains():
+    """In a process of its own: C that takes bfloat16 memory for float32 corrupts the heap, which ends the process."""
+    done = subprocess.run([sys.executable, "-c", MODEL], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def channel_vectors(channels=4, **changed):
+    ones, zeros = torch.ones(channels), torch.zeros(channels)
+    vectors = {"weight": ones, "bias": zeros, "running_mean": zeros.clone(), "running_var": ones.clone()}
+    return vectors | changed
+
+
+UNFIT = {
+    "float64 statistics": ({"running_mean": torch.zeros(4).double(), "running_var": torch.ones(4).double()}, "float64"),
+    "bfloat16 weight": ({"weight": torch.ones(4).bfloat16()}, "weight is torch.bfloat16"),
+    "strided statistics": ({"running_var": torch.ones(8)[::2]}, "running_var is non-contiguous torch.float32"),
+    "expanded bias": ({"bias": torch.zeros(1).expand(4)}, "bias is non-contiguous"),
+    "bias elsewhere": ({"bias": torch.zeros(4, device="meta")}, "bias is on meta and the input on cpu"),
+}
+
+
+@pytest.mark.parametrize("epilogue", [False, True], ids=["batch norm", "block epilogue"])
+@pytest.mark.parametrize("name", UNFIT)
+def test_vectors_that_c_would_misread_are_left_to_eager(name, epilogue):
+    changed, reason = UNFIT[name]
+    x, function, others = torch.randn(2, 4, 3, 3), batch_norm, ()
+    if epilogue:
+        function = batch_norm_squeeze_excite_residual
+        others = torch.randn(1, 4), torch.zeros(1), torch.randn(4, 1), torch.zeros(4), torch.randn(2, 4, 3, 3)
+    with pytest.raises(RuntimeError, match=f"impl: 'native' cannot run {function.__name__} here, because .*{reason}"):
+        function(x, *channel_vectors(**changed).values(), *others, impl="native")
+
+    def outcome(impl):
+        vectors = {key: value.clone() if value.is_contiguous() else value for key, value in changed.items()}
+        vectors = channel_vectors(**vectors)
+        try:
+            return function(x, *vectors.values(), *others, impl=impl), *vectors.values()
+        except RuntimeError as error:  # PyTorch's own batch norm mixes no dtypes and devices
+            return str(error)
+
+    eager, auto = outcome("eager"), outcome("auto")
+    assert type(auto) is type(eager)
+    if isinstance(eager, str):
+        assert auto == eager
+    else:
+        for one, other in zip(auto, eager, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_it_is_explained_what_native_takes():
+    answer = explain("batch_norm", "cpu")
+    assert answer.endswith("; parameters and running statistics that are not contiguous float32 take eager")
+
+
+@pytest.mark.parametrize("impl", ["native", "eager"])
+def test_a_shortcut_of_another_dtype_is_no_silent_change_of_the_implementation(impl, monkeypatch):
+    x, weights = torch.randn(2, 4, 3, 3), (torch.ones(1, 4), torch.ones(1), torch.ones(4, 1), torch.ones(4))
+    arguments = x, *channel_vectors().values(), *weights, x.bfloat16()
+    monkeypatch.setattr(library, "call", None)  # nothing native may run
+    if impl == "native":
+        with pytest.raises(RuntimeError, match="shortcut is torch.bfloat16 and the input torch.float32"):
+            batch_norm_squeeze_excite_residual(*arguments, impl=impl)
+    else:
+        assert batch_norm_squeeze_excite_residual(*arguments, impl=impl).dtype == torch.float32
+
+
+@pytest.mark.parametrize("impl", ["native", "eager"])
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"w1": torch.ones(1, 3)}, r"w1: expected \(R, 4\)"),
+        ({"w2": torch.ones(1, 1), "b2": torch.ones(1)}, r"w2: expected \(4, 1\); got \(1, 1\)"),
+        ({"b2": torch.ones(1)}, r"b2: expected \(4,\); got \(1,\)"),
+        ({"keep_scale": torch.ones(1)}, r"keep_scale: expected \(2,\); got \(1,\)"),
+        ({"b1": torch.ones(1, dtype=torch.int64)}, "b1: expected floating point on cpu; got torch.int64"),
+        ({"shortcut": torch.ones(2, 4, 3, 3, device="meta")}, "shortcut: expected floating point on cpu; got .* meta"),
+    ],
+)
+def test_squeeze_excite_that_does_not_fit_is_refused_before_c_runs(changed, says, impl):
+    """A gate of one channel would broadcast, and C write the sums of all channels into it."""
+    x, kept = torch.randn(2, 4, 3, 3), torch.ones(2)
+    rest = {"w1": torch.ones(1, 4), "b1": torch.ones(1), "w2": torch.ones(4, 1), "b2": torch.ones(4)}
+    rest |= {"shortcut": x.clone(), "keep_scale": kept, **changed}
+    with pytest.raises(ValueError, match=says):
+        batch_norm_squeeze_excite_residual(x, **channel_vectors(), **rest, impl=impl)
+
+
+def test_c_gets_no_address_of_a_tensor_of_another_kind():
+    x = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    good = {"x": x, "rows": 18, "channels": 4, "scale": torch.ones(4), "shift": torch.zeros(4), "relu": 0}
+    good |= {"y": torch.empty_like(x), "threads": 1}
+    library.call("affine", *good.values())
+    assert torch.equal(good["y"], x)
+    for changed, says in [
+        ({"scale": torch.ones(4).double()}, "scale: expected contiguous torch.float32 on the CPU; got torch.float64"),
+        ({"shift": torch.zeros(8)[::2]}, r"shift: expected .* strides \(2,\)"),
+        ({"y": torch.empty(2, 4, 3, 3)}, "y: expected .* in channels_last"),
+        ({"y": torch.empty(3, 4, 3, 3).contiguous(memory_format=torch.channels_last)}, r"y: expected .*\(2, 4, 3, 3\)"),
+        ({"y": torch.empty_like(x, dtype=torch.float64)}, "y: expected torch.float32"),
+    ]:
+        with pytest.raises(TypeError, match=says):
+            library.call("affine", *(good | changed).values())
+    with pytest.raises(ValueError, match="shorter"):
+        library.call("affine", *list(good.values())[:-1])
 
 
 def test_arguments_that_do_not_fit_are_named():
