@@ -5,7 +5,6 @@ All take the same network, batch, optimiser, label smoothing and average as rsen
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from rsengine.config import Recipe
 from rsengine.device import choose_execution, keep_freed_memory
 from rsengine.engine.build import build_step
 from rsengine.engine.step import TrainStep
+from rsengine.kernels.dispatch import eager_only
 from rsengine.model import DEPTHS, resnet_rs
 
 CLASSES = 10
@@ -76,14 +76,8 @@ def rsengine_step(case: Case) -> tuple[Callable[[], None], TrainStep]:
 
 
 def without_native(case: Case) -> Callable[[], None]:
-    """rsengine's step with batch norm by PyTorch's operators: what the passes in C give. For a process of its own."""
-    _choose_no_passes()
-    return rsengine_step(case)[0]
-
-
-def _choose_no_passes() -> None:
-    """From here on, in this process, what the passes in C would do is done by PyTorch's operators."""
-    sys.modules["rsengine.kernels.batch_normalization"].choose_native = lambda *_: "eager"
+    """rsengine's step with batch norm by PyTorch's operators: what the passes in C give."""
+    return eager_only()(rsengine_step(case)[0])
 
 
 class PlainLoop:
@@ -144,7 +138,7 @@ def timm_loop(
 def report_loop(case: Case) -> Callable[[], object]:
     """The report's loop with its settings: PIL augmentation an image at a time, float32, an average kept by name. The
     network is rsengine's, because most of the report's own got no gradient; its arithmetic is by PyTorch's operators,
-    as the report has it. For a process of its own. No workers: they would share the cores."""
+    as the report has it. No workers: they would share the cores."""
     network = resnet_rs(
         case.depth,
         CLASSES,
@@ -152,7 +146,6 @@ def report_loop(case: Case) -> Callable[[], object]:
         stem_stride=case.stem_stride,
         se_ratio=1 / 16,
     )
-    _choose_no_passes()
     for module in network.train().modules():
         if isinstance(module, nn.Conv2d):
             module.__class__ = nn.Conv2d
@@ -175,7 +168,7 @@ def report_loop(case: Case) -> Callable[[], object]:
     )
     pictures = [Image.fromarray(image) for image in case.pixels().numpy()]
     labels, loop = case.labels(), PlainLoop(network, average)
-    return lambda: loop(torch.stack([pipeline(picture) for picture in pictures]), labels)
+    return eager_only()(lambda: loop(torch.stack([pipeline(picture) for picture in pictures]), labels))
 
 
 def cutout(image: Tensor, holes: int = 4, length: int = 4) -> Tensor:

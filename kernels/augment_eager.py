@@ -24,6 +24,7 @@ from .augment_tables import (
     LOOKUP,
     SHARPNESS,
 )
+from .dispatch import may_read
 
 _LOW = 2**32 - 1
 _ONE = 65536  # the sum of AugMix's weights
@@ -181,11 +182,6 @@ def _run_slot(images, words, group, slot, wanted, policy, bilinear, fill) -> Ten
         chosen = (kind == present).view(-1, 1, 1, 1)
         out = torch.where(chosen, operation(images, setting, policy, bilinear, fill), out)
     return out
-
-
-def may_read(images: Tensor) -> bool:
-    """Whether the host may look at values here: on the CPU, where tensors have some and nothing waits for them."""
-    return images.device.type == "cpu" and type(images) is Tensor
 
 
 def _look_up(images, setting, policy, bilinear, fill) -> Tensor:

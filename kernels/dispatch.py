@@ -21,6 +21,10 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # u
 OLDEST_CAPABILITY = (8, 0)  # Ampere: the oldest GPU the kernels are compiled for in the tests
 
 _triton_assumed = contextvars.ContextVar("rsengine_triton_assumed", default=False)
+# Of each eager_only() that is open: whether ops may read values on the host. A context variable would not do, because
+# activation checkpointing runs forward passes again in autograd's threads, which have a context of their own.
+_eager_blocks: list[bool] = []
+INSIDE_EAGER_ONLY = "the process is inside eager_only()"
 
 
 @contextlib.contextmanager
@@ -42,6 +46,28 @@ def is_triton_assumed() -> bool:
     return _triton_assumed.get()
 
 
+@contextlib.contextmanager
+def eager_only(*, host_reads: bool = True) -> Iterator[None]:
+    """In the block every op of the process runs in PyTorch's operators, and asking for anything else is an error.
+
+    For what records or counts operators, and for measuring what the fused operations are worth.
+
+    Args:
+        host_reads: ``False``: no op looks at a tensor's values on the host either, as on a GPU, so that its operators
+            can be recorded and replayed.
+    """
+    _eager_blocks.append(host_reads)
+    try:
+        yield
+    finally:
+        _eager_blocks.remove(host_reads)
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Whether the host may look at values here: on the CPU, where tensors have some and nothing waits for them."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and all(_eager_blocks)
+
+
 def explain(op: str, device: torch.device | str | None = None) -> str:
     """Say which implementation ``impl="auto"`` chooses for ``op`` on ``device``, and why.
 
@@ -55,6 +81,8 @@ def explain(op: str, device: torch.device | str | None = None) -> str:
     if op not in OPS + NATIVE_OPS:
         raise ValueError(f"op: expected one of {', '.join(OPS + NATIVE_OPS)}; got {op!r}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if _eager_blocks:
+        return f"{op}: eager on {place}, because {INSIDE_EAGER_ONLY}"
     if op in NATIVE_OPS:
         native, reason = _native_on(place.type)
         if native:
@@ -76,7 +104,9 @@ def choose(op: str, impl: str, tensor: Tensor) -> str:
     if impl == "eager":
         return "eager"
     automatic, possible, reason = _triton_on(tensor.device.type, tensor.device.index)
-    if tensor.dtype not in TRITON_DTYPES:
+    if _eager_blocks:
+        automatic, possible, reason = False, False, INSIDE_EAGER_ONLY
+    elif tensor.dtype not in TRITON_DTYPES:
         automatic, possible, reason = False, False, f"the kernels compute in float32, and the input is {tensor.dtype}"
     if impl == "auto":
         return "triton" if automatic else "eager"
@@ -102,7 +132,7 @@ def choose_native(op: str, impl: str, maps: dict[str, Tensor], vectors: dict[str
         return "eager"
     possible, reason = False, "torch.compile sees only PyTorch's operators"
     if not torch.compiler.is_compiling():
-        possible, reason = False, _unfit_for_native(maps, vectors)
+        possible, reason = False, INSIDE_EAGER_ONLY if _eager_blocks else _unfit_for_native(maps, vectors)
         if not reason:
             possible, reason = _native_on(next(iter(maps.values())).device.type)
     if impl == "native" and not possible:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import TRITON_DTYPES, choose
+from .dispatch import TRITON_DTYPES, choose, may_read
 
 
 @torch.no_grad()
@@ -202,7 +202,7 @@ def _ema_eager(shadow: list[Tensor], params: list[Tensor], decay: Tensor) -> Non
     if not shadow:
         return
     params = [p if p.dtype == s.dtype else p.to(s.dtype) for p, s in zip(params, shadow, strict=True)]
-    if decay.device.type == "cpu" and type(decay) is Tensor:  # a fake tensor has no value
+    if may_read(decay):
         # A host scalar reads memory once; on the CPU taking it off the tensor is no synchronisation.
         torch._foreach_lerp_(shadow, params, 1.0 - float(decay))
         return

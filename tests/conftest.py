@@ -1,14 +1,14 @@
 """The small converted data set that tests of the loader and of whole runs share."""
 
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import rsengine.kernels  # noqa: F401  (loads the module below)
 from rsengine.data import Dataset, convert
+from rsengine.kernels.dispatch import eager_only
 
 CLASSES = ("circle", "square", "stripes")
 
@@ -34,6 +34,7 @@ def toy_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 @pytest.fixture
-def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batch norm by PyTorch's operators, as on a GPU: a recorder of operators does not see the compiled passes."""
-    monkeypatch.setattr(sys.modules["rsengine.kernels.batch_normalization"], "choose_native", lambda *_: "eager")
+def eager_ops() -> Iterator[None]:
+    """PyTorch's operators throughout: a recorder of operators does not see the compiled passes."""
+    with eager_only():
+        yield

@@ -355,7 +355,7 @@ class ImmediateLanes:
 
 
 @pytest.fixture
-def graphs_on_the_cpu(monkeypatch, no_native):
+def graphs_on_the_cpu(monkeypatch, eager_ops):
     """A run takes the path it takes on a GPU, through the feeder and captured steps; gives what was captured."""
     captured = []
 

@@ -13,6 +13,7 @@ from rsengine.augment.from_recipe import training_augmentations
 from rsengine.augment.generator import philox
 from rsengine.config import AugmentSection
 from rsengine.kernels import augment_batch, augment_eager
+from rsengine.kernels.dispatch import eager_only
 from rsengine.model.preprocess import Preprocess
 
 INDICES = np.array([0, 1, 5, 49_999, 2**31, 2**40 + 3, *range(100, 350)])
@@ -154,8 +155,8 @@ def test_the_form_for_devices_equals_the_form_for_the_cpu(settings, monkeypatch)
     augment = DeviceAugment(section(**settings), (12, 10), MEAN, seed=3)
     expected = augment(images, indices, torch.tensor(2))
     monkeypatch.setattr(torch.Tensor, "nonzero", None)  # only the CPU's form reads where the images are
-    monkeypatch.setattr(augment_eager, "may_read", lambda images: False)
-    assert torch.equal(augment(images, indices, torch.tensor(2)), expected)
+    with eager_only(host_reads=False):
+        assert torch.equal(augment(images, indices, torch.tensor(2)), expected)
 
 
 def test_a_batch_can_be_made_again_alone():

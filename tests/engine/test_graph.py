@@ -22,7 +22,7 @@ from rsengine.model.preprocess import Preprocess
 from tests.engine.graph_simulator import CaptureError, ReplayRecorder
 from tests.engine.test_step import FP32, MEAN, STD, batches
 
-pytestmark = pytest.mark.usefixtures("no_native")
+pytestmark = pytest.mark.usefixtures("eager_ops")
 
 CPU, BF16 = torch.device("cpu"), Execution(torch.device("cpu"), torch.bfloat16, 1, "test")
 SIZE = 8, (16, 16)
