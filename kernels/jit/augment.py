@@ -11,10 +11,12 @@ from torch import Tensor
 
 from .augment_kernels import _augment_kernel
 from .case import Budget, CompileCase, Stream
+from .guard import on_operands_device
 
 WARP_PIXELS = 256  # eight pixels a thread, each in three registers
 
 
+@on_operands_device
 def augment(
     images, indices, epoch, seed, crop_padding, crop_reflect, flip, bilinear, policy_fill,
     cutout_holes, cutout_size, cutout_fill, policy, scale, shift, dtype,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .case import Budget, CompileCase, Stream
 from .cross_entropy_kernels import _columns_kernel, _finish_kernel, _rows_kernel, _scale_kernel
+from .guard import on_operands_device
 
 WARP_TILE = 512  # logits a warp keeps in registers: 16 a thread, so that a multiprocessor's registers hold 32 warps
 TILE = 1024  # logits a program aims at
@@ -23,6 +24,7 @@ FINISH_BLOCK = 1024
 SCALE_BLOCK = 2048
 
 
+@on_operands_device
 def forward(
     logits: Tensor,
     target: Tensor,
@@ -94,6 +96,7 @@ def rows_tile(n: int, classes: int) -> tuple[int, int, int]:
     return block_m, block_c, max(1, block_m * block_c // WARP_TILE)
 
 
+@on_operands_device
 def scale_(gradient: Tensor, factor: Tensor, remaining: float) -> None:
     """In place, ``gradient *= factor * remaining``, without touching it where that is exactly 1.
 

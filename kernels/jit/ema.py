@@ -17,12 +17,14 @@ from torch import Tensor
 from . import ema_table
 from .case import Budget, CompileCase, Stream
 from .ema_kernels import _ema_kernel, _sgd_ema_kernel
+from .guard import on_operands_device
 
 BLOCK = 2048  # 16 elements a thread: four 128-bit loads of each operand in flight, in 64 registers
 NUM_WARPS = 4
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
+@on_operands_device
 def ema_update(shadow: Sequence[Tensor], params: Sequence[Tensor], decay: Tensor, block: int = BLOCK) -> None:
     """Launch the average. ``block``: the most elements a program has, a power of two from 4."""
     layouts = ema_table.layouts_of(params, (), (), shadow)
@@ -35,6 +37,7 @@ def ema_update(shadow: Sequence[Tensor], params: Sequence[Tensor], decay: Tensor
         )  # fmt: skip
 
 
+@on_operands_device
 def sgd_ema_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

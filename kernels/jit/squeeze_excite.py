@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .case import Budget, CompileCase, Stream
+from .guard import on_operands_device
 from .squeeze_excite_kernels import (
     LINEAR,
     RELU,
@@ -75,6 +76,7 @@ def _precision(x: Tensor) -> str:
     return "ieee" if torch.version.hip else "tf32x3"
 
 
+@on_operands_device
 def forward(
     x: Tensor,
     w1: Tensor,
@@ -128,6 +130,7 @@ def forward(
     return y, mean, hidden, gate
 
 
+@on_operands_device
 def backward(
     dy: Tensor,
     x: Tensor,
