@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from rsengine.cache import cache_folder
 from rsengine.data.convert import convert
 from rsengine.data.dataset import DESCRIPTION, FORMAT_VERSION, Dataset, load_dataset
 from rsengine.data.errors import DataError
@@ -21,7 +22,6 @@ from rsengine.data.sources.official import BY_ARCHIVE, FOLDERS
 from rsengine.data.sources.open import DIGITS, source_name
 
 VARIABLE = "RSENGINE_DATA"
-CACHE_VARIABLE = "RSENGINE_CACHE"
 LOCAL_FOLDER = "data"
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"  # where torchvision gets it too
 PROBE_SECONDS, DOWNLOAD_SECONDS = 4.0, 30.0  # without an answer; a download as a whole may take longer
@@ -82,14 +82,6 @@ def find_dataset(
         f"no data set: {looked}; {problem}. Give --data with a CIFAR archive, a converted folder or class folders, "
         f"set {VARIABLE} to one, or use --data digits"
     )
-
-
-def cache_folder() -> Path:
-    """$RSENGINE_CACHE, else $XDG_CACHE_HOME/rsengine, else ~/.cache/rsengine; absolute, need not exist."""
-    if value := os.environ.get(CACHE_VARIABLE):
-        return Path(value).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser().absolute() if base else Path.home() / ".cache") / "rsengine"
 
 
 def known_in(folder: Path) -> Path | None:

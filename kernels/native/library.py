@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rsengine.cache import cache_folder
+
 SOURCES = [Path(__file__).with_name(name) for name in ("passes.c", "passes.h")]
 # No -ffast-math: NaN must stay NaN. Channels are added up side by side, which needs no reordering of sums.
 FLAGS = ["-std=c11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared"]
@@ -78,7 +80,7 @@ def _converted(name: str, kind: str, value: Tensor | int, first: Tensor) -> ctyp
 def _compiled(compiler: list[str]) -> Path:
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
     key = hashlib.sha256("\0".join([version, *FLAGS, _processor(), *(s.read_text() for s in SOURCES)]).encode())
-    folder = _cache_folder() / "native"
+    folder = cache_folder() / "native"
     path = folder / f"passes-{key.hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,12 +93,6 @@ def _compiled(compiler: list[str]) -> Path:
         finally:
             Path(temporary).unlink(missing_ok=True)
     return path
-
-
-def _cache_folder() -> Path:
-    """As rsengine.data has it, which this room does not know."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return Path(os.environ.get("RSENGINE_CACHE") or (Path(base) if base else Path.home() / ".cache") / "rsengine")
 
 
 def _processor() -> str:

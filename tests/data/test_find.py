@@ -203,22 +203,6 @@ def test_probing_a_network_that_is_not_there(monkeypatch):
     assert "127.0.0.1" in (find.network_problem() or "")
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"RSENGINE_CACHE": "/a"}, "/a"),
-        ({"XDG_CACHE_HOME": "/b"}, "/b/rsengine"),
-        ({"HOME": "/c"}, "/c/.cache/rsengine"),
-    ],
-)
-def test_cache_folder(monkeypatch, variables, expected):
-    for name in ("RSENGINE_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert find.cache_folder() == Path(expected)
-
-
 def test_two_processes_at_once(tmp_path, pets):
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
