@@ -1,16 +1,16 @@
-"""Where a run computes and in which precision, and why. The only place in this room that asks the machine."""
+"""Where a run computes and in which precision, and why."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from rsengine.errors import SettingsError
+from rsengine.processor import features
 
 
 @dataclass(frozen=True)
@@ -88,20 +88,7 @@ def _native_bf16(kind: str) -> tuple[bool, str]:
         capability = torch.cuda.get_device_capability()
         native = capability >= (8, 0)
         return native, f"{torch.cuda.get_device_name()} {'has' if native else 'lacks'} bfloat16 matrix units"
-    flags = _processor_flags()
-    found = sorted(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    found = sorted(features() & {"avx512_bf16", "amx_bf16", "bf16"})
     if found:
         return True, f"the processor has {', '.join(found).upper()}"
     return False, "the processor has neither AVX512_BF16 nor AMX"
-
-
-def _processor_flags() -> set[str]:
-    """x86 `flags` or Arm `Features` of the first processor; empty where the system does not say."""
-    if not os.path.exists("/proc/cpuinfo"):
-        return set()
-    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            name, _, value = line.partition(":")
-            if name.strip() in ("flags", "Features"):
-                return set(value.split())
-    return set()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rsengine.cache import cache_folder
+from rsengine.processor import features
 
 SOURCES = [Path(__file__).with_name(name) for name in ("passes.c", "passes.h")]
 # No -ffast-math: NaN must stay NaN. Channels are added up side by side, which needs no reordering of sums.
@@ -79,7 +80,9 @@ def _converted(name: str, kind: str, value: Tensor | int, first: Tensor) -> ctyp
 
 def _compiled(compiler: list[str]) -> Path:
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    key = hashlib.sha256("\0".join([version, *FLAGS, _processor(), *(s.read_text() for s in SOURCES)]).encode())
+    # What -march=native depends on: a home folder may be shared by machines of several kinds.
+    processor = [platform.machine(), platform.processor(), *sorted(features())]
+    key = hashlib.sha256("\0".join([version, *FLAGS, *processor, *(s.read_text() for s in SOURCES)]).encode())
     folder = cache_folder() / "native"
     path = folder / f"passes-{key.hexdigest()[:16]}.so"
     if not path.exists():
@@ -93,15 +96,6 @@ def _compiled(compiler: list[str]) -> Path:
         finally:
             Path(temporary).unlink(missing_ok=True)
     return path
-
-
-def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by machines of several kinds."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(("flags", "Features"))}))
 
 
 def _first_error(text: str) -> str:

@@ -7,8 +7,9 @@ import importlib.metadata
 import os
 import platform
 import sys
-from pathlib import Path
 from typing import Any
+
+from rsengine.processor import listing
 
 _PACKAGES = ("torch", "torchvision", "triton", "ffcv", "numba", "numpy", "rsengine")
 
@@ -57,12 +58,8 @@ def _usable_cpus() -> set[int]:
 def _processor(cpus: set[int]) -> tuple[str, int | None]:
     """Model name, and the physical cores behind the logical ``cpus``."""
     name = platform.processor() or platform.machine()
-    listing = Path("/proc/cpuinfo")
-    if not listing.exists():
-        return name, None
     cores = set()
-    for block in listing.read_text(errors="replace").split("\n\n"):
-        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
+    for fields in listing():
         name = fields.get("model name") or name
         if fields.get("processor", "").isdigit() and int(fields["processor"]) in cpus and "core id" in fields:
             cores.add((fields.get("physical id"), fields["core id"]))

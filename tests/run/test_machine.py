@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 
+from rsengine import processor
 from rsengine.run import machine
 
 
@@ -20,12 +21,12 @@ def test_machine_says_what_runs_here_and_is_json():
     assert os.uname().nodename not in json.dumps(here)
 
 
-def test_machine_reads_cpuinfo_of_the_usable_processors_only(monkeypatch):
+def test_machine_reads_cpuinfo_of_the_usable_processors_only(monkeypatch, tmp_path):
     block = "processor\t: {}\nmodel name\t: Some CPU @ 2 GHz\nphysical id\t: {}\ncore id\t\t: {}\n"
     # Two sockets of two cores of two threads; core ids repeat on the second socket.
     text = "\n".join(block.format(n, n // 4, n // 2 % 2) for n in range(8))
-    monkeypatch.setattr(machine.Path, "exists", lambda self: True)
-    monkeypatch.setattr(machine.Path, "read_text", lambda self, **_: text)
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(processor, "LISTING", tmp_path / "cpuinfo")
     assert machine._processor(set(range(8))) == ("Some CPU @ 2 GHz", 4)
     assert machine._processor({0, 1, 6}) == ("Some CPU @ 2 GHz", 2)
     assert machine._processor({99}) == ("Some CPU @ 2 GHz", None)
