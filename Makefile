@@ -32,7 +32,7 @@ bench: $(READY)
 	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
 
 bench-train: $(READY)
-	$(BIN)/python -m pytest bench/test_train_step.py -k beside_peers --benchmark-only --benchmark-json=.benchmarks/train-step.json -s $(ARGS)
+	$(BIN)/python -m pytest bench/test_train_step.py -k beside_baselines --benchmark-only --benchmark-json=.benchmarks/train-step.json -s $(ARGS)
 	$(BIN)/python -m bench.train_step_table .benchmarks/train-step.json > bench/results/train-step.md
 
 compile-report: $(READY)

@@ -13,7 +13,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    # rsengine/kernels and rsengine/data are links to the top-level rooms, so the walk below finds them too.
+    # rsengine/kernels and rsengine/data are links to the top-level packages, so the walk below finds them too.
     packages=find_packages(include=["rsengine", "rsengine.*"]),
     package_data={"rsengine": ["py.typed", "recipes/*.toml"], "rsengine.kernels.native": ["*.c", "*.h"]},
     install_requires=[

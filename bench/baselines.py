@@ -198,7 +198,7 @@ def matmul_rate(side: int = 2048, dtype: torch.dtype = torch.bfloat16) -> Callab
     return run
 
 
-PEERS: dict[str, Callable[[Case], Callable[[], object]]] = {
+BASELINES: dict[str, Callable[[Case], Callable[[], object]]] = {
     "timm, defaults (float32, NCHW)": timm_loop,
     "timm, channels_last": lambda case: timm_loop(case, channels_last=True),
     "timm, channels_last, bfloat16": lambda case: timm_loop(case, channels_last=True, autocast=True),

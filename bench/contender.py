@@ -7,7 +7,7 @@ import multiprocessing
 import time
 from multiprocessing.connection import Connection
 
-from bench.baselines import PEERS, Case, rsengine_step
+from bench.baselines import BASELINES, Case, rsengine_step
 from bench.measure import seconds
 
 OURS = "rsengine"
@@ -15,7 +15,7 @@ SETTLE_SECONDS = 0.02  # the threads of the step before spin for a few milliseco
 
 
 class Apart:
-    """Steps of a contender (:data:`OURS`, or one of :data:`bench.baselines.PEERS`) on a case, timed in its process."""
+    """Steps of :data:`OURS` or of one of :data:`bench.baselines.BASELINES` on a case, timed in a process of its own."""
 
     def __init__(self, name: str, case: Case) -> None:
         self.name = name
@@ -42,7 +42,7 @@ class Apart:
 
 
 def _serve(pipe: Connection, name: str, case: Case) -> None:
-    run = rsengine_step(case)[0] if name == OURS else PEERS[name](case)
+    run = rsengine_step(case)[0] if name == OURS else BASELINES[name](case)
     try:
         while pipe.recv():
             pipe.send(seconds(run))

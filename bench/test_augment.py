@@ -25,7 +25,7 @@ from rsengine.input.stream import BetonLoader
 
 PLAIN = {"crop_padding": 4, "flip": True, "cutout_holes": 4, "cutout_size": 4}
 ROUNDS = 5
-PEER_IMAGES = 3000  # they take seconds for it
+BASELINE_IMAGES = 3000  # they take seconds for it
 
 
 class Images(Dataset):
@@ -33,7 +33,7 @@ class Images(Dataset):
 
     def __init__(self, path, make, transform):
         reader = BetonReader(path)
-        self.images = [reader.image(i).copy() for i in range(PEER_IMAGES)]
+        self.images = [reader.image(i).copy() for i in range(BASELINE_IMAGES)]
         self.make, self.transform = make, transform
 
     def __len__(self):
@@ -73,7 +73,7 @@ def run_loader(data, after=None):
     return run
 
 
-def peers(path):
+def baselines(path):
     """Name -> a function that goes through the images once and returns how many they were."""
     autoaugment = v1.AutoAugmentPolicy.CIFAR10
     pil = [v1.RandomCrop(32, padding=4), v1.RandomHorizontalFlip(), v1.AutoAugment(autoaugment), v1.ToTensor(), cutout]
@@ -105,7 +105,7 @@ def to_pil(image):
 @pytest.mark.slow
 def test_autoaugment_against_others(benchmark, beton):  # noqa: F811
     """Every pipeline once a round, in turn; the rows are medians over the rounds, the ratios of pairs in one round."""
-    runs = {"rsengine, FFCV": run_ours(beton, policy="autoaugment"), **peers(beton)}
+    runs = {"rsengine, FFCV": run_ours(beton, policy="autoaugment"), **baselines(beton)}
     rates = {name: [] for name in runs}
     for run in runs.values():
         run()  # workers start, numba loads

@@ -1,7 +1,8 @@
 """One training step: rsengine as a user gets it by default, alone and beside what people would use instead.
 
-``test_beside_peers`` is what `make bench-train` runs: every contender has a process of its own and steps once in each
-round, in turn (A B C ... A B C ...), so that what slows the machine slows them alike. Ratios are taken within a round.
+``test_beside_baselines`` is what `make bench-train` runs: every contender has a process of its own and steps once in
+each round, in turn (A B C ... A B C ...), so that what slows the machine slows them alike. Ratios are taken within a
+round.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import statistics
 import pytest
 import torch
 
-from bench.baselines import PEERS, Case, matmul_rate, rsengine_step
+from bench.baselines import BASELINES, Case, matmul_rate, rsengine_step
 from bench.contender import OURS, Apart
 from rsengine.config import load_recipe
 from rsengine.device import choose_execution, keep_freed_memory
@@ -41,14 +42,14 @@ def test_step(benchmark, name):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a comparison of CPU steps; on a GPU: make gpu-check")
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_beside_peers(benchmark, case):
+def test_beside_baselines(benchmark, case):
     network = rsengine_step(case)[1].model
     multiply_adds = network.summary((case.size, case.size)).multiply_adds
     peak = matmul_rate()
     peaks: list[float] = []
     with contextlib.ExitStack() as stack:
         contenders, warm_up = {}, {}
-        for name in (OURS, *PEERS):
+        for name in (OURS, *BASELINES):
             contenders[name] = stack.enter_context(contextlib.closing(Apart(name, case)))
             warm_up[name] = contenders[name].step()
             print(f"\n{case}: {name}: first step {warm_up[name]:.1f} s", end="", flush=True)
@@ -61,7 +62,7 @@ def test_beside_peers(benchmark, case):
 
         def others():
             peaks.append(peak())
-            for name in PEERS:
+            for name in BASELINES:
                 times[name].append(contenders[name].step())
 
         benchmark.pedantic(ours, setup=others, rounds=ROUNDS)

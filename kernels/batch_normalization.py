@@ -1,11 +1,11 @@
-"""Batch norm in training (Ioffe & Szegedy, arXiv 1502.03167) with the ReLU after it, and the tail of a bottleneck that
+"""Batch norm in training (Ioffe & Szegedy, arXiv 1502.03167) with the ReLU after it, and the block epilogue that
 begins with one.
 
 On the CPU each is a few passes over memory in C (``native``): what PyTorch does in many operators, each of which reads
 and writes whole maps. Passes over a map, read or written:
 
     batch norm + ReLU   forward 3 (x twice, y), backward 5 (dy and x twice, dx); PyTorch's 5 and 8
-    tail                forward 4 (x twice, shortcut, y), backward 8 (dy, y, x twice, dx, dshortcut); PyTorch's 9 and 14
+    block epilogue      forward 4 (x twice, shortcut, y), backward 8 (dy, y, x twice, dx, dshortcut); PyTorch's 9 and 14
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def batch_norm_squeeze_excite_residual(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """The tail of a bottleneck from its last batch norm on:
+    """The block epilogue of a bottleneck from its last batch norm on:
     ``relu(shortcut + keep_scale[n] * squeeze_excite(batch_norm(x)))``.
 
     Args:

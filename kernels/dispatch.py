@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and why. The only place in this room that asks about devices."""
+"""Which implementation of an op runs, and why. The only place in this package that asks about devices."""
 
 from __future__ import annotations
 

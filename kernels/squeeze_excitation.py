@@ -1,4 +1,4 @@
-"""Squeeze-and-excite (Hu et al., arXiv 1709.01507) and the tail of a ResNet-RS bottleneck that ends in it."""
+"""Squeeze-and-excite (Hu et al., arXiv 1709.01507) and the block epilogue that ends in it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def squeeze_excite_residual(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """The whole tail of a bottleneck: ``relu(shortcut + keep_scale[n] * squeeze_excite(x))``.
+    """The block epilogue of a bottleneck: ``relu(shortcut + keep_scale[n] * squeeze_excite(x))``.
 
     Args:
         x, w1, b1, w2, b2: as in :func:`squeeze_excite`.

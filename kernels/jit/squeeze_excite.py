@@ -1,4 +1,4 @@
-"""Launchers and compile cases of squeeze-and-excite and the bottleneck's tail.
+"""Launchers and compile cases of squeeze-and-excite and the block epilogue.
 
 Two forms, chosen by shape (:func:`plan`). *Single pass*: a program holds the whole maps of a few samples on chip,
 computes their gates there and writes the output, so that the large operands cross memory once. *Two-pass*, for maps

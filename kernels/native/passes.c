@@ -1,4 +1,4 @@
-/* Batch norm and the tail of a bottleneck as few passes over memory, for the CPU: kernels/batch_norm.py calls them. */
+/* Batch norm and the block epilogue in few passes over memory, for the CPU: kernels/batch_normalization.py calls them. */
 
 #include <omp.h>
 #include <stdint.h>

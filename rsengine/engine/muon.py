@@ -1,10 +1,10 @@
 """Muon for convolution weights: momentum made orthogonal, on spheres.
 
-Each weight is a matrix of its output channels. Its momentum is replaced by the nearest orthogonal matrix, found nearly
-by Newton-Schulz iterations (Jordan et al., "Muon", 2024, https://kellerjordan.github.io/posts/muon), and moves the
-weight by a given fraction of its length; the weight is then put back on the sphere where it was initialised. Every
-convolution of this family is followed by batch norm, so the length of its weight has no effect on the output: held
-constant, it makes the learning rate the angle of a step, and needs no weight decay.
+Each weight is a matrix of its output channels. Its momentum is replaced by the nearest orthogonal matrix, found
+approximately by Newton-Schulz iterations (Jordan et al., "Muon", 2024, https://kellerjordan.github.io/posts/muon), and
+moves the weight by a given fraction of its length; the weight is then put back on the sphere where it was initialised.
+Every convolution of this family is followed by batch norm, so the length of its weight has no effect on the output:
+held constant, it makes the learning rate the angle of a step, and needs no weight decay.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def matrix(weight: Tensor) -> Tensor:
 
 
 def orthogonalised(matrices: Tensor, iterations: int = ITERATIONS) -> Tensor:
-    """The orthogonal factor U V' of each matrix U S V', nearly: U T V' with the T that COEFFICIENTS makes of S.
+    """The orthogonal factor U V' of each matrix U S V', approximately: U T V' with the T that COEFFICIENTS makes of S.
 
     Args:
         matrices: (N, rows, columns) floating point, rows <= columns.

@@ -75,7 +75,7 @@ def test_steps_side_by_side():
     rows = {
         "rsengine": dict.fromkeys(("images/s", "first_step_s"), 400.0)
         | {"of_bf16_matmul": 0.5, "rsengine_is_times_faster": [1.0, 1.0, 1.0]},
-        "peer": dict.fromkeys(("images/s", "first_step_s"), 100.0)
+        "baseline": dict.fromkeys(("images/s", "first_step_s"), 100.0)
         | {"of_bf16_matmul": 0.125, "rsengine_is_times_faster": [3.5, 4.0, 4.5]},
     }
     info = {
@@ -95,7 +95,7 @@ def test_steps_side_by_side():
     }
     written = table(results)
     assert "A processor, 2 threads; torch 2." in written and "## RS-50" in written
-    assert "| peer | 100.0 | 12.5% | 4.0x (3.5 to 4.5) | 100.0 |" in written
+    assert "| baseline | 100.0 | 12.5% | 4.0x (3.5 to 4.5) | 100.0 |" in written
     assert "| rsengine | 400.0 | 50.0% |  | 400.0 |" in written
 
 

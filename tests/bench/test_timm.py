@@ -1,4 +1,4 @@
-"""The peer of the speedrun: timm's network in a plain loop (bench/timm_run.py)."""
+"""The baseline of the speedrun: timm's network in a plain loop."""
 
 import timm
 import torch

@@ -1,4 +1,4 @@
-"""Batch norm and the tail of a bottleneck: C passes and eager against the reference in float64."""
+"""Batch norm and the block epilogue: C passes and eager against the reference in float64."""
 
 import subprocess
 import sys
