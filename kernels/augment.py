@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .augment_eager import augment_eager
-from .augment_tables import FLIPS, PolicyTables
+from .augment_tables import FLIPS, PolicyTables, check_colour, check_crop_padding
 from .dispatch import choose
 
 TRITON_PIXELS = 4096  # the largest image that one program of the Triton kernel holds
@@ -60,7 +60,10 @@ def augment_batch(
         ValueError: a shape, dtype, device or number does not fit; the message names the argument.
         RuntimeError: ``impl="triton"`` where it cannot run.
     """
-    _check(images, indices, epoch, seed, crop_padding, crop_reflect, flip, cutout_holes, cutout_size, scale, shift)
+    _check(images, indices, epoch, seed, flip, cutout_holes, cutout_size, scale, shift)
+    check_crop_padding("crop_padding", crop_padding, images.shape[1:3], reflect=crop_reflect)
+    check_colour("policy_fill", policy_fill)
+    check_colour("cutout_fill", cutout_fill)
     if policy is None:
         chains = 0
     mode = FLIPS.index(flip)
@@ -86,7 +89,7 @@ def _unfit(images: Tensor, chains: int) -> str:
     return ""
 
 
-def _check(images, indices, epoch, seed, padding, reflect, flip, holes, size, scale, shift) -> None:
+def _check(images, indices, epoch, seed, flip, holes, size, scale, shift) -> None:
     if images.dim() != 4 or images.shape[-1] != 3 or images.dtype != torch.uint8 or not images.is_contiguous():
         raise ValueError(f"images: expected contiguous uint8 (M, H, W, 3); got {images.dtype} {tuple(images.shape)}")
     for name, tensor, dims in (("indices", indices, 1), ("epoch", epoch, 0)):
@@ -99,9 +102,6 @@ def _check(images, indices, epoch, seed, padding, reflect, flip, holes, size, sc
         raise ValueError(f"seed: expected 0 to 2**63 - 1; got {seed}")
     if flip not in FLIPS:
         raise ValueError(f"flip: expected one of {', '.join(FLIPS)}; got {flip!r}")
-    limit = min(images.shape[1:3]) if reflect else 2**14
-    if padding and not 0 < padding < limit:
-        raise ValueError(f"crop_padding: expected 0 to {limit - 1}; got {padding}")
     if holes < 0 or size < 1:
         raise ValueError(f"cutout_holes, cutout_size: expected >= 0 and >= 1; got {holes}, {size}")
     if (scale is None) != (shift is None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 IDENTITY, LOOKUP, AFFINE, COLOR, CONTRAST, SHARPNESS, AUTOCONTRAST, EQUALIZE = range(8)
 CROP_STREAM, FLIP_STREAM, CUTOUT_STREAM, POLICY_STREAM = 1, 2, 3, 4  # of random numbers
 FLIPS = ("none", "random", "alternating")
+LARGEST_PADDING = 2**14 - 1
 
 
 class PolicyTables(NamedTuple):
@@ -26,3 +28,20 @@ class PolicyTables(NamedTuple):
     levels: Tensor
     gates: Tensor
     exponentials: Tensor
+
+
+def check_crop_padding(name: str, padding: int, size: Sequence[int], *, reflect: bool) -> None:
+    """Raise ``ValueError`` about ``name`` where images of ``size`` (height, width) cannot be padded by ``padding``.
+
+    Reflection does not repeat the pixels at the border, so that it has one pixel less than the side to give.
+    """
+    largest = min(*size, LARGEST_PADDING + 1) - 1 if reflect else LARGEST_PADDING
+    if padding and not 0 < padding <= largest:
+        how = f" to mirror images of {size[0]}x{size[1]}" if reflect else ""
+        raise ValueError(f"{name}: expected 0 to {largest}{how}; got {padding}")
+
+
+def check_colour(name: str, colour: Sequence[int]) -> None:
+    """Raise ``ValueError`` about ``name`` where ``colour`` is not one of uint8 pixels."""
+    if len(colour) != 3 or not all(0 <= channel <= 255 for channel in colour):
+        raise ValueError(f"{name}: expected three numbers from 0 to 255; got {tuple(colour)}")

@@ -16,6 +16,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+from rsengine.augment.fills import FILLS
 from rsengine.augment.policies import CROP_MODES, INTERPOLATIONS, POLICIES, policy_of
 from rsengine.data.errors import UserError
 from rsengine.model import DEPTHS, DROP_PATH_RULES
@@ -24,7 +25,6 @@ from rsengine.schedule import SCHEDULES
 PRECISIONS = ("auto", "bf16", "fp32")
 OPTIMIZERS = ("sgd", "muon")
 LOADERS = ("ffcv", "resident")
-FILLS = ("zero", "mean")  # colours; the data set's mean becomes 0 once normalised
 
 
 class RecipeError(UserError, ValueError):

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rsengine.augment.fills import fill_colour
 from rsengine.augment.policies import policy_of
 from rsengine.augment.program import compile_policy
 from rsengine.errors import SettingsError
 from rsengine.kernels import PolicyTables, augment_batch
+from rsengine.kernels.augment_tables import check_crop_padding
 from rsengine.model.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ class DeviceAugment:
         dtype: of normalised images.
 
     Raises:
-        ValueError: a crop that reflects and pads by a whole side or more.
+        ValueError: a crop that pads by more than it can, which for one that reflects is less than a side.
     """
 
     def __init__(
@@ -47,7 +49,6 @@ class DeviceAugment:
         preprocess: Preprocess | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        colours = {"zero": [0, 0, 0], "mean": [round(255 * channel) for channel in mean]}
         self.seed, self.policy, chains = seed, None, 0
         policy = policy_of(augment, size)
         if policy is not None:
@@ -56,20 +57,21 @@ class DeviceAugment:
                 *(torch.from_numpy(getattr(program, name)).to(device) for name in PolicyTables._fields)
             )
             chains = program.chains
-        if augment.crop_mode == "reflect" and augment.crop_padding >= min(size):
-            raise SettingsError(
-                f"augment.crop_padding: expected below {min(size)} with crop_mode=reflect; got {augment.crop_padding}"
-            )
+        reflect = augment.crop_mode == "reflect"
+        try:
+            check_crop_padding("augment.crop_padding", augment.crop_padding, size, reflect=reflect)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
         self.options = {
             "crop_padding": augment.crop_padding,
-            "crop_reflect": augment.crop_mode == "reflect",
+            "crop_reflect": reflect,
             "flip": ("alternating" if augment.alternating_flip else "random") if augment.flip else "none",
             "chains": chains,
             "bilinear": augment.policy_interpolation == "bilinear",
-            "policy_fill": colours[augment.policy_fill],
+            "policy_fill": fill_colour(augment.policy_fill, mean),
             "cutout_holes": augment.cutout_holes,
             "cutout_size": augment.cutout_size,
-            "cutout_fill": colours[augment.cutout_fill],
+            "cutout_fill": fill_colour(augment.cutout_fill, mean),
         }
         self.normalise = {} if preprocess is None else {"scale": preprocess.scale, "shift": preprocess.shift}
         self.normalise |= {} if preprocess is None else {"dtype": dtype}

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rsengine.augment.fills import fill_colour
 from rsengine.augment.operations import (
     AlternatingFlip,
     Cutout,
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 def training_augmentations(augment: AugmentSection, mean: Sequence[float], seed: int) -> list[SeededOperation]:
     """The FFCV operations a recipe asks for, in order. ``mean``: of the data set, 0 to 1, a colour to fill with."""
-    colours = {"zero": (0, 0, 0), "mean": [round(255 * channel) for channel in mean]}
     operations: list[SeededOperation] = []
     if augment.crop_padding:
         operations.append(RandomCrop(augment.crop_padding, augment.crop_mode, seed=seed))
@@ -30,8 +30,9 @@ def training_augmentations(augment: AugmentSection, mean: Sequence[float], seed:
         operations.append(AlternatingFlip(seed) if augment.alternating_flip else HorizontalFlip(seed))
     if augment.policy != "none":
         make = functools.partial(policy_of, augment)
-        operations.append(PolicyOperation(make, augment.policy_interpolation, colours[augment.policy_fill], seed))
+        fill = fill_colour(augment.policy_fill, mean)
+        operations.append(PolicyOperation(make, augment.policy_interpolation, fill, seed))
     if augment.cutout_holes:
-        fill = colours[augment.cutout_fill]
+        fill = fill_colour(augment.cutout_fill, mean)
         operations.append(Cutout(augment.cutout_holes, augment.cutout_size, fill, seed=seed))
     return operations

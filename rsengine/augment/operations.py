@@ -22,7 +22,13 @@ from rsengine.augment.generator import below, philox
 from rsengine.augment.policy_loop import program_arrays, run_augmix, run_policy
 from rsengine.augment.program import Program, compile_policy
 from rsengine.device import preserved_threads
-from rsengine.kernels.augment_tables import CROP_STREAM, CUTOUT_STREAM, FLIP_STREAM
+from rsengine.kernels.augment_tables import (
+    CROP_STREAM,
+    CUTOUT_STREAM,
+    FLIP_STREAM,
+    check_colour,
+    check_crop_padding,
+)
 
 # FFCV makes a typed dictionary when imported, and numba would compile its methods anew in every process: about three
 # seconds. Cached on disk like our own functions, they are compiled once a machine.
@@ -103,11 +109,8 @@ class RandomCrop(SeededOperation):
 
     def apply(self, images: np.ndarray, destination: np.ndarray | None, indices: np.ndarray) -> np.ndarray:
         out = np.empty_like(images) if destination is None else destination[: len(images)]
+        check_crop_padding("RandomCrop: padding", self.padding, images.shape[1:3], reflect=self.mode == "reflect")
         if self.mode == "reflect":
-            if self.padding >= min(images.shape[1:3]):
-                raise ValueError(
-                    f"RandomCrop: reflect needs padding below {min(images.shape[1:3])}; got {self.padding}"
-                )
             _crop_reflect(images, out, indices, self.seed, self.epoch, self.padding)
         else:
             _crop(images, out, indices, self.seed, self.epoch, self.padding)
@@ -249,8 +252,7 @@ class AugMix(PolicyOperation):
 
 
 def _colour(fill: Sequence[int]) -> np.ndarray:
-    if len(fill) != 3 or not all(0 <= channel <= 255 for channel in fill):
-        raise ValueError(f"fill: expected three numbers from 0 to 255; got {tuple(fill)}")
+    check_colour("fill", fill)
     return np.asarray(fill, dtype=np.uint8)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from rsengine.augment import AlternatingFlip, Cutout, DeviceAugment, HorizontalFlip, RandomCrop
+from rsengine.augment import AlternatingFlip, Cutout, DeviceAugment, HorizontalFlip, RandomCrop, device, from_recipe
+from rsengine.augment.fills import FILLS
 from rsengine.augment.from_recipe import training_augmentations
 from rsengine.augment.generator import philox
 from rsengine.config import AugmentSection
@@ -187,7 +188,10 @@ def test_normalised_images_are_those_of_preprocess(dtype):
         ({"epoch": torch.zeros(1, dtype=torch.int64)}, "epoch: expected int64 of 0 dimensions"),
         ({"seed": -1}, "seed: expected 0"),
         ({"flip": "both"}, "none, random, alternating; got 'both'"),
-        ({"crop_padding": 8, "crop_reflect": True}, "crop_padding: expected 0 to 7; got 8"),
+        ({"crop_padding": 8, "crop_reflect": True}, "crop_padding: expected 0 to 7 to mirror images of 8x8; got 8"),
+        ({"crop_padding": -1}, "crop_padding: expected 0 to 16383; got -1"),
+        ({"policy_fill": (0, 0, 256)}, "policy_fill: expected three numbers from 0 to 255"),
+        ({"cutout_fill": (0, 0)}, "cutout_fill: expected three numbers from 0 to 255"),
         ({"scale": torch.ones(3)}, "scale, shift: expected both"),
         ({"scale": torch.ones(3), "shift": torch.ones(3).double()}, "shift: expected float32"),
         ({"impl": "cuda"}, "impl: expected one of auto, triton, eager"),
@@ -198,6 +202,28 @@ def test_what_does_not_fit_is_named(change, says):
     given = {"images": images, "indices": torch.zeros(2, dtype=torch.int64), "epoch": torch.tensor(0), "seed": 0}
     with pytest.raises(ValueError, match=says):
         augment_batch(**{**given, **change})
+
+
+def test_a_recipe_that_mirrors_more_than_there_is_is_refused_at_once():
+    wanted = section(crop_padding=7, crop_mode="reflect")
+    with pytest.raises(ValueError, match="augment.crop_padding: expected 0 to 6 to mirror images of 9x7; got 7"):
+        DeviceAugment(wanted, (9, 7), MEAN)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_a_recipes_colours_are_the_same_in_both_forms(fill, monkeypatch):
+    """Both ask the one function that knows the colours."""
+    wanted = section(policy="autoaugment", policy_fill=fill, cutout_holes=1, cutout_fill=fill)
+    expected = {"zero": (0, 0, 0), "mean": FILL}[fill]
+    policy, cutout = training_augmentations(wanted, MEAN, 0)
+    options = DeviceAugment(wanted, (9, 7), MEAN).options
+    assert tuple(policy.fill) == tuple(cutout.fill) == expected
+    assert options["policy_fill"] == options["cutout_fill"] == expected
+    for module in (device, from_recipe):
+        monkeypatch.setattr(module, "fill_colour", lambda name, mean: (1, 2, 3))
+    policy, cutout = training_augmentations(wanted, MEAN, 0)
+    options = DeviceAugment(wanted, (9, 7), MEAN).options
+    assert tuple(policy.fill) == tuple(cutout.fill) == options["policy_fill"] == options["cutout_fill"] == (1, 2, 3)
 
 
 def test_triton_says_what_it_cannot_take():
