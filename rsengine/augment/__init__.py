@@ -20,10 +20,12 @@ size::
         },
     )
     for epoch in range(10):
-        for operation in augmentations:
-            operation.epoch = epoch  # new random numbers; with the same epoch an image is augmented the same way
         for images, labels in loader:
             ...
+
+Each pass of a loader augments an image in another way, by the number of the pass. To go on with a run at epoch 7, set
+``loader.next_epoch = 7``, which FFCV's order of the images follows too; setting ``operation.epoch = 7`` gives the next
+pass of any loader that number, for this operation alone.
 
 :class:`DeviceAugment` works on tensors, on any device. Each draws from a counter-based generator keyed by (seed, epoch,
 index of the image), so that an image's augmentation does not depend on the batch, the worker or the order it comes in,

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from threading import Thread, current_thread
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import numba as nb
 import numpy as np
@@ -38,6 +40,7 @@ for _method in vars(typeddict).values():
 
 with preserved_threads():
     import ffcv  # noqa: F401  (first: ffcv.pipeline cannot be imported by itself)
+    from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.memory_managers import os_cache
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.operation import Operation
@@ -63,7 +66,8 @@ os_cache.nb = SimpleNamespace(types=nb.types, uint8=_ReadOnly(nb.uint8), uint64=
 class SeededOperation(Operation):
     """Base of the operations: uint8 (N, H, W, 3) images in and out, random numbers from (seed, epoch, index).
 
-    Set :attr:`epoch` before each pass over the data; otherwise every pass augments an image the same way.
+    The epoch is the loader's: FFCV counts the passes over its data in ``Loader.next_epoch``, which also decides the
+    order of the images. Setting :attr:`epoch` gives the next pass that number, and later passes count on from it.
     """
 
     in_place = True
@@ -71,7 +75,26 @@ class SeededOperation(Operation):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self.seed = seed
-        self.epoch = 0
+        self._set = 0
+        self._is_for_next_pass = False
+        self._ahead_of_loader = 0
+        # FFCV runs each pass in a thread of its own, and a pass that was left early may still be at a batch.
+        self._passes: WeakKeyDictionary[Thread, int] = WeakKeyDictionary()
+
+    @property
+    def epoch(self) -> int:
+        """In the thread of a pass its number; elsewhere the number that was set last, at first 0."""
+        return self._passes.get(current_thread(), self._set)
+
+    @epoch.setter
+    def epoch(self, number: int) -> None:
+        self._set, self._is_for_next_pass = number, True
+
+    def _begin_pass(self, iterator: EpochIterator) -> None:
+        number = iterator.loader.next_epoch - 1  # counted up before the thread begins
+        if self._is_for_next_pass:
+            self._ahead_of_loader, self._is_for_next_pass = self._set - number, False
+        self._passes[iterator] = number + self._ahead_of_loader
 
     def apply(self, images: np.ndarray, destination: np.ndarray | None, indices: np.ndarray) -> np.ndarray:
         """Augment ``images``, (N, H, W, 3) uint8, whose places in the data set are ``indices``, (N,)."""
@@ -79,6 +102,9 @@ class SeededOperation(Operation):
 
     def generate_code(self) -> Callable:
         def code(images: np.ndarray, destination: np.ndarray | None, indices: np.ndarray) -> np.ndarray:
+            iterator = current_thread()
+            if isinstance(iterator, EpochIterator) and iterator not in self._passes:
+                self._begin_pass(iterator)
             return self.apply(images, destination, np.asarray(indices, dtype=np.int64))
 
         code.with_indices = True  # asks FFCV for the indices of the batch

@@ -10,6 +10,7 @@ import rsengine.augment  # isort: split
 
 from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
 from ffcv.loader import Loader
+from ffcv.transforms import ToTensor
 
 from rsengine.augment import (
     AlternatingFlip,
@@ -26,6 +27,7 @@ from rsengine.augment.generator import below, philox
 from rsengine.config import AugmentSection
 from rsengine.data.beton.reader import BetonReader
 from rsengine.device import preserved_threads
+from rsengine.input.stream import BetonLoader
 
 RNG = np.random.default_rng(0)
 INDICES = np.arange(500)
@@ -194,7 +196,7 @@ def test_a_recipe_gives_its_operations_in_order():
 def example():
     """The loop in the package's documentation, as code."""
     text = rsengine.augment.__doc__
-    lines = text[text.index("    from ffcv.fields") : text.index(":class:`DeviceAugment`")].splitlines()
+    lines = text[text.index("    from ffcv.fields") : text.index("Each pass of a loader")].splitlines()
     return "\n".join(line[4:] for line in lines)
 
 
@@ -217,6 +219,66 @@ def test_the_documented_example_runs_and_gives_the_same_with_any_number_of_worke
             operation.epoch = epoch
             expected = operation.apply(expected, None, indices)
         assert (np.concatenate(seen[5 * epoch : 5 * epoch + 5]) == expected).all()
+
+
+def passes(loader, count):
+    """The images of so many passes of one of FFCV's loaders."""
+    with preserved_threads():
+        return [np.concatenate([images.numpy().copy() for images, _ in loader]) for _ in range(count)]
+
+
+def loader_of(dataset, operations, **options):
+    pipelines = {"image": [SimpleRGBImageDecoder(), *operations, ToTensor()], "label": [IntDecoder(), ToTensor()]}
+    with preserved_threads():
+        return Loader(str(dataset.train_beton), batch_size=30, num_workers=1, pipelines=pipelines, **options)
+
+
+def operations():
+    return [RandomCrop(4, seed=3), AlternatingFlip(seed=3), AutoAugment(seed=3), Cutout(seed=3)]
+
+
+@pytest.fixture(scope="module")
+def epochs(toy_dataset):
+    """The images of some epochs as training gets them."""
+    loader = BetonLoader(toy_dataset.train_beton, 30, augmentations=operations())
+    return {epoch: np.concatenate([images.numpy() for images, _ in loader.epoch(epoch)]) for epoch in (0, 1, 2, 7, 8)}
+
+
+@pytest.mark.parametrize("recompile", [False, True])
+def test_each_pass_of_ffcvs_loader_is_the_next_epoch(toy_dataset, epochs, recompile):
+    found = passes(loader_of(toy_dataset, operations(), recompile=recompile), 3)
+    for epoch, images in enumerate(found):
+        assert (images == epochs[epoch]).all()
+    assert ((found[0] != found[1]).any(axis=(1, 2, 3))).mean() > 0.9  # of the images
+
+
+def test_a_loader_that_goes_on_at_a_later_epoch_takes_the_augmentations_along(toy_dataset, epochs):
+    loader = loader_of(toy_dataset, operations())
+    loader.next_epoch = 7
+    for epoch, images in zip((7, 8), passes(loader, 2), strict=True):
+        assert (images == epochs[epoch]).all()
+
+
+def test_an_epoch_that_is_set_wins_and_is_counted_on_from(toy_dataset, epochs):
+    chosen = operations()
+    loader = loader_of(toy_dataset, chosen)
+    for wanted, count in (((7, 8), 2), ((1,), 1), ((1, 2), 2)):
+        for operation in chosen:
+            operation.epoch = wanted[0]
+        for epoch, images in zip(wanted, passes(loader, count), strict=True):
+            assert (images == epochs[epoch]).all()
+    assert [operation.epoch for operation in chosen] == [1] * 4  # what was set last
+
+
+def test_a_pass_that_is_left_early_is_counted_and_disturbs_no_other(toy_dataset, epochs):
+    loader = loader_of(toy_dataset, operations(), batches_ahead=1)
+    with preserved_threads():
+        left = iter(loader)
+        first = next(left)[0].numpy().copy()
+    (second,) = passes(loader, 1)
+    with preserved_threads():
+        rest = [images.numpy().copy() for images, _ in left]  # its thread still had batches to make
+    assert (np.concatenate([first, *rest]) == epochs[0]).all() and (second == epochs[1]).all()
 
 
 @pytest.mark.parametrize("os_cache", [True, False])
