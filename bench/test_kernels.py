@@ -86,7 +86,7 @@ def test_batch_norm(benchmark, op, shape, with_backward, impl):
 
     run = runner(implementation(impl, op, getattr(reference, op.__name__)))
     eager = runner(implementation("eager", op, getattr(reference, op.__name__)))
-    # The passes counted in kernels/batch_norm.py, of 2 bytes each.
+    # The passes counted in kernels/batch_normalization.py, of 2 bytes each.
     passes = 4 + 8 * with_backward if tail else 3 + 5 * with_backward
     measure(benchmark, run, 2 * passes * n * c * side * side, eager=eager)
 
