@@ -60,12 +60,9 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("gpu check: this machine has no usable CUDA GPU; nothing was run and nothing was written")
         return 0
-    # From here on ended like Ctrl-C: what the parts have started ends with them, and what they found is written.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
     out = Path(arguments.out or (RESULTS if arguments.device == "cuda" else DRY_RUNS)).resolve()
     (out / LOGS).mkdir(parents=True, exist_ok=True)
-    with alone_in(out / LOGS):
+    with ended_like_ctrl_c(), alone_in(out / LOGS):
         return _run(parts, arguments, out)
 
 
@@ -126,6 +123,18 @@ def _run(parts: list[Part], arguments: argparse.Namespace, out: Path) -> int:
     if interrupted:
         return 130
     return 1 if report.failures(results) or unwritten else 0
+
+
+@contextlib.contextmanager
+def ended_like_ctrl_c() -> Iterator[None]:
+    """In the block SIGTERM and SIGHUP do what Ctrl-C does: the parts end as well, and what they found is written."""
+    numbers = signal.SIGTERM, signal.SIGHUP
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -300,7 +300,7 @@ def measure() -> dict[str, dict[str, dict[str, int]]]:
 
     All in bytes. The expected ones are the floor: what the case says its streams must move.
     """
-    from . import jit
+    from .. import jit
 
     report = {}
     for info in pkgutil.iter_modules(jit.__path__):

@@ -81,7 +81,8 @@ def serve(connection):
 
 def check(name, settings=()):
     reports = check_recipe(load_recipe(name).with_settings(settings))
-    evaluation, training = reports.pop("evaluation step"), reports["training step"]
+    evaluation = reports.pop("evaluation step")
+    training = next(iter(reports.values()))  # at the size of the first epoch
     names = [operation.name for operation in training.operations]
     return "\n".join(map(str, reports.values())), names, training.launches, str(evaluation)
 

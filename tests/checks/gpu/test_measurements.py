@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rsengine.kernels
-from bench import gpu_baselines
+from bench import baselines, gpu_baselines
 from bench.baselines import Case, recipe_of, timm_network
 from rsengine.checks.gpu import equality, kernels, overlap, profile, random_numbers, smoke, steps, throughput
 from rsengine.checks.gpu.device import LABEL, Work, copy_rate, labelled_kernels, product_rate
@@ -39,7 +39,7 @@ def test_the_first_step_that_differs_is_named():
         replay()
         if len(calls) == 5:
             with torch.no_grad():
-                captured[0].params[3].mul_(1.001)
+                captured[0].update.params[3].mul_(1.001)
 
     captured = []
     make_step = equality.make_step
@@ -159,7 +159,7 @@ def test_a_baseline_is_the_same_network_and_is_timed_in_turn(monkeypatch):
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
 
     small = Case(26, stem_width=8, stem_stride=2, size=32, batch=4)
-    monkeypatch.setattr(gpu_baselines, "Case", lambda *_, **__: small)
+    monkeypatch.setattr(baselines, "Case", lambda *_, **__: small)
     found = gpu_baselines.measure("bfloat16, channels_last, batch 4", setup())
     assert found["batch_size"] == 4 and found["times_faster"] > 0 and found["wrong"] == []
 
