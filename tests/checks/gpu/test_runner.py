@@ -158,6 +158,8 @@ def test_ctrl_c_ends_everything_and_loses_nothing(tmp_path):
     process = subprocess.Popen(
         command("--parts", "smoke,train", "--out", tmp_path), cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        # A run of tests in the background of a shell ignores the signal, and its processes inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
