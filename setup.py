@@ -39,7 +39,7 @@ setup(
             "pyarrow>=14",
             "pytest>=8",
             "pytest-benchmark>=4",
-            "pytest-xdist>=3.5",
+            "pytest-xdist>=3.8",
             "ruff>=0.6",
             "timm>=1.0.9",
         ],
