@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -251,7 +251,15 @@ def test_the_first_of_two_wins(tmp_path):
     assert visible(tmp_path) == ["out"]
 
 
-def test_signal_handlers_are_put_back_and_threads_work(tmp_path):
+@pytest.fixture
+def default_sigterm() -> Iterator[None]:
+    """Another handler than the default is left in place, and tests of commands before this one may have set one."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_signal_handlers_are_put_back_and_threads_work(tmp_path, default_sigterm):
     before = signal.getsignal(signal.SIGTERM)
     with staged_folder(tmp_path / "a"):
         assert signal.getsignal(signal.SIGTERM) is not before
