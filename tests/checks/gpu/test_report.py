@@ -341,6 +341,17 @@ def test_a_damaged_earlier_result_is_refused(text, tmp_path):
         gpu_check.earlier("gpu-x", [tmp_path])
 
 
+def test_what_cannot_be_written_is_said_once_and_printed_all_the_same(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gpu_check, "write_atomically", full)
+    arguments = ["--device", "cpu", "--parts", "card", "--seconds", "60", "--out", str(tmp_path)]
+    assert gpu_check.main(arguments) == 1
+    output = capsys.readouterr().out
+    assert output.count("cannot write") == 1 and "not written: " in output and Cpu.name in output
+
+
 def test_a_second_call_into_the_same_folder_is_refused(tmp_path):
     refused = pytest.raises(SettingsError, match="another call is running there; wait, or name another")
     with gpu_check.alone_in(tmp_path), refused, gpu_check.alone_in(tmp_path):
