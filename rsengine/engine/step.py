@@ -52,8 +52,11 @@ class TrainStep:
             captured step keeps the size it was captured with.
         model: the trained network.
         update: its optimiser step, with the parameters' momentum and the tables of rates.
-        ema_model: the same network holding the averages of its weights and BN buffers, in evaluation mode; or ``None``.
+        ema_model: the same network holding the EMA of its weights and BN buffers, in evaluation mode; or ``None``.
         counter: () int64, the steps done.
+
+    Raises:
+        ValueError: a recipe of resident data without ``resident``: its images would never be normalised.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class TrainStep:
         resident: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
         keep_gradients: bool = False,
     ) -> None:
+        if recipe.batches_are_normalised and resident is None:
+            raise ValueError("resident: expected the data, because train.loader is 'resident'; got None")
         device = execution.device
         self.model = model.to(device, memory_format=torch.channels_last).train()
         self.preprocess = None if recipe.batches_are_normalised else preprocess

@@ -106,6 +106,12 @@ def test_twenty_steps_equal_stock_pytorch():
     assert int(step.counter) == 20
 
 
+def test_a_recipe_of_resident_data_needs_them():
+    """Without them its images would reach the network as raw pixels: nobody else normalises."""
+    with pytest.raises(ValueError, match="resident: expected the data, because train.loader is 'resident'; got None"):
+        build(small(), "train.loader=resident")
+
+
 def test_weight_decay_spares_batch_norm_and_biases_unless_asked():
     by_dimension = {
         p.dim(): d for p, d in zip(build(small()).update.params, build(small()).update.weight_decay, strict=True)
