@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 START_SECONDS = 6.0  # predicted: a process that imports PyTorch and opens the GPU
 
@@ -42,6 +43,11 @@ class Part:
 
 def _extra(name: str, seconds: float, limit: float) -> Row:
     return Row(name, seconds, limit, essential=False)
+
+
+def outcome(result: dict[str, Any]) -> str:
+    """What a row's result comes to, in words."""
+    return "; ".join(result.get("wrong", [])) or result.get("left_out") or "well"
 
 
 CARD = Part(  # belongs to every call

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rsengine.checks.gpu.device import Cpu
-from rsengine.checks.gpu.parts import PARTS, Part, Row
+from rsengine.checks.gpu.parts import PARTS, Part, Row, outcome
 
 SUMMARY_LINES, SHOWN_WRONG, SHOWN_LEFT_OUT = 60, 15, 5
 Results = dict[str, dict[str, dict[str, Any]]]  # by part and row
@@ -320,12 +320,11 @@ def _row_table(results: Results) -> list[str]:
         for row in part.rows:
             found = results.get(part.name, {}).get(row.name)
             if found is not None:
-                said = "; ".join(found.get("wrong", [])) or found.get("left_out") or "well"
                 rows.append(
                     [
                         part.name,
                         row.name,
-                        said[:200],
+                        outcome(found)[:200],
                         f"{found.get('seconds', 0):.0f}",
                         f"{row.seconds:.0f}",
                         found.get("source", ""),

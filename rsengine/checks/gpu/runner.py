@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rsengine.checks.gpu.parts import START_SECONDS, Part, Row
+from rsengine.checks.gpu.parts import START_SECONDS, Part, Row, outcome
 from rsengine.checks.gpu.worker import BROKEN_DEVICE
 from rsengine.data.find import VARIABLE
 
@@ -138,8 +138,7 @@ class Check:
         self._tried.add((part.name, name))
         self.results.setdefault(part.name, {})[name] = result | {"source": self.source}
         self.changed()
-        said = "; ".join(result.get("wrong", [])) or result.get("left_out") or "well"
-        self.say(f"  {part.name}, {name}: {said[:300]}{took(result)}")
+        self.say(f"  {part.name}, {name}: {outcome(result)[:300]}{took(result)}")
 
     def _note_end(self, part: Part, rows: Sequence[Row], state: dict[str, Any], ended: str, said: str) -> None:
         """Record the row that was running when its process ended, or every row where it had not begun one."""

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def kernel_tests(tests: Path, seconds: float, processes: int | None = None) -> d
             )
             for i, file in enumerate(files)
         ]
-        ends = [_wait(process, deadline) for process in running]
+        ends = [end_of(process, deadline, well=(0, 1, 5)) for process in running]  # 1: some failed; 5: none to run
         found = outcomes(files)
         for end, file in zip(ends, files, strict=True):
             if end:
@@ -82,15 +82,15 @@ def last_words(text: str) -> str:
     return (errors or lines or ["nothing"])[-1].removeprefix("E").strip()[:300]
 
 
-def _wait(process: subprocess.Popen, deadline: float) -> str:
-    """How a process of pytest ended, where it did not end well."""
+def end_of(process: subprocess.Popen, deadline: float, well: Sequence[int] = (0,)) -> str:
+    """Wait for a process, and end it at ``deadline``. How it ended, where its status is none of ``well``."""
     try:
         status = process.wait(max(0.1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
         return "was not finished in its time"
-    return "" if status in (0, 1, 5) else f"ended with status {status}"  # 1: some failed; 5: none to run
+    return "" if status in well else f"ended with status {status}"
 
 
 def outcomes(files: Iterable[Path]) -> dict[str, Any]:
@@ -117,13 +117,8 @@ def benchmark(function: str, seconds: float) -> dict[str, Any]:
         out = Path(folder) / "benchmarks.json"
         command = [sys.executable, "-m", "pytest", f"bench/test_kernels.py::{function}", "--benchmark-only", "-q"]
         options = ["-m", "not slow", "-p", "no:cacheprovider", f"--benchmark-json={out}"]
-        status: int | str
-        try:
-            status = subprocess.run(
-                [*command, *options], cwd=ROOT, timeout=seconds, preexec_fn=die_with_this_process()
-            ).returncode
-        except subprocess.TimeoutExpired:
-            status = "timeout"
+        process = subprocess.Popen([*command, *options], cwd=ROOT, preexec_fn=die_with_this_process())
+        end = end_of(process, time.monotonic() + seconds)
         rows = json.loads(out.read_text())["benchmarks"] if out.exists() and out.stat().st_size else []
     return {
         "rows": [
@@ -131,5 +126,5 @@ def benchmark(function: str, seconds: float) -> dict[str, Any]:
             | row["extra_info"]
             for row in rows
         ],
-        "wrong": [f"pytest ended with status {status}"] if status else [],
+        "wrong": [f"pytest {end}"] if end else [],
     }

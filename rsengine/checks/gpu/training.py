@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rsengine.checks.gpu.device import Setup
-from rsengine.checks.gpu.suites import die_with_this_process, last_words
+from rsengine.checks.gpu.suites import die_with_this_process, end_of, last_words
 from rsengine.data import find_dataset
 from rsengine.run.files import METRICS_FILE
 from rsengine.run.log import EPOCH, START
@@ -38,23 +38,19 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
         command = [sys.executable, "-m", "rsengine.train", *ARGUMENTS[row], "--data", str(dataset.folder)]
         command += ["--device", setup.device.device.type, *dry_run]
         out, printed = Path(folder) / "run", Path(folder) / "output"
-        status: int | str
         with printed.open("wb") as output:
-            try:
-                status = subprocess.run(
-                    [*command, "--out", str(out)],
-                    timeout=max(1.0, setup.seconds - conversion),
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    preexec_fn=die_with_this_process(),
-                ).returncode
-            except subprocess.TimeoutExpired:
-                status = "timeout"
+            process = subprocess.Popen(
+                [*command, "--out", str(out)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                preexec_fn=die_with_this_process(),
+            )
+            end = end_of(process, started + setup.seconds)
         said = printed.read_text(errors="replace")
         setup.log(said)
         log = out / METRICS_FILE
         records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    wrong = [f"the run ended with status {status}: {last_words(said)}"] if status else []
+    wrong = [f"the run {end}: {last_words(said)}"] if end else []
     goal = GOAL if dataset.name.startswith("cifar10") and not dataset.name.startswith("cifar100") else None
     about = {"data": dataset.name, "conversion_s": round(conversion, 1)}
     about["command"] = " ".join(["python -m rsengine.train", *ARGUMENTS[row]])
