@@ -54,24 +54,27 @@ def sgd_ema_step(
     decay: Tensor | None,
     nesterov: bool = True,
     *,
+    copies: Sequence[Tensor] | None = None,
     impl: str = "auto",
 ) -> None:
     """One step of SGD as ``torch.optim.SGD`` defines it, then the EMA of the new weights, all in place.
 
     ``g += weight_decay * p; m = momentum * m + g; p -= lr * (g + momentum * m if nesterov else m)``
-    ``s = decay * s + (1 - decay) * p``
+    ``s = decay * s + (1 - decay) * p; c = p``
 
     Args:
         params: floating-point tensors, any shapes and memory formats, on one device.
         grads, momentum_buffers: as many tensors of the same shapes on the same device. Momentum starts at zero; with
-            ``momentum`` 0 the buffers are left alone. For Triton: gradients in the dtype of their parameter or in
-            float32, momentum in float32.
+            ``momentum`` 0 the buffers are left alone. For Triton: gradients in float32 or in the dtype of their
+            parameter or of its copy, momentum in float32.
         shadow: the EMA of ``params``, float32 for Triton, or ``None`` for none. It sees the parameters as they are
             stored, rounded to their dtype.
         lr: () floating-point tensor on the same device, float32 for Triton.
         momentum: in [0, 1).
         weight_decay: one number, or one for each tensor (0 for the ones that do not decay).
         decay: () tensor, as in :func:`ema_update`; ``None`` exactly when ``shadow`` is.
+        copies: overwritten with the new parameters, rounded to the dtype of the copies: what a mixed-precision forward
+            pass reads, so that it casts no weight. bfloat16 or float16 for Triton.
 
     Raises:
         ValueError: lengths, shapes, dtypes, devices, strides or scalars do not fit.
@@ -84,6 +87,9 @@ def sgd_ema_step(
     averages = [] if shadow is None else list(shadow)
     if shadow is not None:
         lists["shadow"] = averages
+    copies = [] if copies is None else list(copies)
+    if copies:
+        lists["copies"] = copies
     _check_lists(lists)
     _check_scalar("lr", lr, params)
     if decay is not None:
@@ -101,17 +107,18 @@ def sgd_ema_step(
     chosen = choose("sgd_ema_step", impl, params[0] if params else lr)
     if chosen == "triton":
         _check_dtypes(_named("params", params), *TRITON_DTYPES)
+        _check_dtypes(_named("copies", copies), torch.bfloat16, torch.float16)
         for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-            _check_dtypes({f"grads[{i}]": g}, torch.float32, p.dtype)
+            _check_dtypes({f"grads[{i}]": g}, torch.float32, p.dtype, *([copies[i].dtype] if copies else []))
         _check_dtypes(_named("momentum_buffers", momentum_buffers) | _named("shadow", averages), torch.float32)
         _check_dtypes({"lr": lr} if decay is None else {"lr": lr, "decay": decay}, torch.float32)
 
     # The dispatcher takes 0.4 ms to pass a thousand tensors, 2 % of the update of ResNet-RS-50 on two cores: eager code
     # runs directly. Under the compiler it is one opaque operation: reading decay on the host would break the graph.
     if chosen == "eager" and not torch.compiler.is_compiling():
-        _sgd_ema_eager(params, grads, momentum_buffers, averages, lr, momentum, decays, decay, nesterov)
+        _sgd_ema_eager(params, grads, momentum_buffers, averages, lr, momentum, decays, decay, nesterov, copies)
     else:
-        _sgd_ema_step(params, grads, momentum_buffers, averages, lr, momentum, decays, decay, nesterov, chosen)
+        _sgd_ema_step(params, grads, momentum_buffers, averages, lr, momentum, decays, decay, nesterov, copies, chosen)
 
 
 @torch.library.custom_op("rsengine::ema_update", mutates_args={"shadow"})
@@ -123,7 +130,7 @@ def _ema_update(shadow: list[Tensor], params: list[Tensor], decay: Tensor, impl:
     return ema.ema_update(shadow, params, decay)
 
 
-@torch.library.custom_op("rsengine::sgd_ema_step", mutates_args={"params", "momentum_buffers", "shadow"})
+@torch.library.custom_op("rsengine::sgd_ema_step", mutates_args={"params", "momentum_buffers", "shadow", "copies"})
 def _sgd_ema_step(
     params: list[Tensor],
     grads: list[Tensor],
@@ -134,9 +141,10 @@ def _sgd_ema_step(
     weight_decay: list[float],
     decay: Tensor | None,
     nesterov: bool,
+    copies: list[Tensor],  # empty for none
     impl: str,
 ) -> None:
-    arguments = (params, grads, momentum_buffers, shadow, lr, momentum, weight_decay, decay, nesterov)
+    arguments = (params, grads, momentum_buffers, shadow, lr, momentum, weight_decay, decay, nesterov, copies)
     if impl == "eager":
         return _sgd_ema_eager(*arguments)
     from .jit import ema
@@ -150,7 +158,7 @@ def _(shadow, params, decay, impl):
 
 
 @_sgd_ema_step.register_fake
-def _(params, grads, momentum_buffers, shadow, lr, momentum, weight_decay, decay, nesterov, impl):
+def _(params, grads, momentum_buffers, shadow, lr, momentum, weight_decay, decay, nesterov, copies, impl):
     return None
 
 
@@ -164,6 +172,7 @@ def _sgd_ema_eager(
     weight_decay: list[float],
     decay: Tensor | None,
     nesterov: bool,
+    copies: list[Tensor],
 ) -> None:
     groups: dict[float, list[int]] = {}  # in practice two: decayed weights, and BN parameters and biases
     for i, (p, g, m) in enumerate(zip(params, grads, momentum_buffers if momentum else grads, strict=True)):
@@ -186,6 +195,8 @@ def _sgd_ema_eager(
         )
     if decay is not None:
         _ema_eager(shadow, params, decay)
+    if copies:
+        torch._foreach_copy_(copies, params)
 
 
 def _sgd(p: Tensor, g: Tensor, m: Tensor, lr: Tensor, momentum: float, weight_decay: float, nesterov: bool) -> None:

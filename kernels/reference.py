@@ -111,8 +111,11 @@ def sgd_ema_step(
     weight_decay: float | Sequence[float],
     decay: Tensor | None,
     nesterov: bool = True,
+    *,
+    copies: Sequence[Tensor] | None = None,
 ) -> None:
-    """Sutskever et al. 2013 in the form of ``torch.optim.SGD``. Must move 28 bytes a float32 parameter."""
+    """Sutskever et al. 2013 in the form of ``torch.optim.SGD``. Must move 28 bytes a float32 parameter; with bfloat16
+    copies, whose gradients are bfloat16, 28 too."""
     decays = [weight_decay] * len(params) if isinstance(weight_decay, int | float) else weight_decay
     for p, g, m, wd in zip(params, grads, momentum_buffers, decays, strict=True):
         g = g + wd * p
@@ -120,3 +123,5 @@ def sgd_ema_step(
         p.copy_(p - lr * (g + momentum * m if nesterov else m))
     if shadow is not None and decay is not None:
         ema_update(shadow, params, decay)
+    for c, p in zip(copies or [], params, strict=copies is not None):
+        c.copy_(p)

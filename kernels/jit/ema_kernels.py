@@ -75,7 +75,7 @@ def _ema_kernel(
             offsets = offs_piece.to(tl.int64)
             p_offs, s_offs = offsets, offsets
             if layout != LINEAR:
-                row_ptr = strides_ptr + layout * (5 * DIMS)
+                row_ptr = strides_ptr + layout * (6 * DIMS)
                 index = tl.load(record_ptr + FIRST).to(tl.int32) + offs_piece
                 p_offs = _strided(index, row_ptr, 0)
                 s_offs = _strided(index, row_ptr, 3)
@@ -89,6 +89,7 @@ def _sgd_ema_chunk(
     g_ptrs,
     m_ptrs,
     s_ptrs,
+    c_ptrs,
     mask,
     # scalars
     lr,
@@ -98,6 +99,7 @@ def _sgd_ema_chunk(
     # constants
     HAS_MOMENTUM: tl.constexpr,
     HAS_SHADOW: tl.constexpr,
+    HAS_COPIES: tl.constexpr,
     IS_NESTEROV: tl.constexpr,
 ):
     p = tl.load(p_ptrs, mask=mask).to(tl.float32)
@@ -108,6 +110,8 @@ def _sgd_ema_chunk(
         step = step + momentum * m if IS_NESTEROV else m
     p = (p - lr * step).to(p_ptrs.dtype.element_ty)
     tl.store(p_ptrs, p, mask=mask)
+    if HAS_COPIES:
+        tl.store(c_ptrs, p.to(c_ptrs.dtype.element_ty), mask=mask)
     if HAS_SHADOW:
         _average(s_ptrs, p.to(tl.float32), mask, decay)  # of the parameter as it is stored
 
@@ -126,14 +130,17 @@ def _sgd_ema_kernel(
     # constants
     P_DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
+    C_DTYPE: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr,
     HAS_SHADOW: tl.constexpr,
+    HAS_COPIES: tl.constexpr,
     IS_NESTEROV: tl.constexpr,
     BLOCK: tl.constexpr,
     PIECE: tl.constexpr,
 ):
     P_TYPE: tl.constexpr = tl.pointer_type(P_DTYPE)
     G_TYPE: tl.constexpr = tl.pointer_type(G_DTYPE)
+    C_TYPE: tl.constexpr = tl.pointer_type(C_DTYPE)
     F_TYPE: tl.constexpr = tl.pointer_type(tl.float32)
     pid = tl.program_id(0)
     record_ptr = table_ptr + pid * WORDS
@@ -141,6 +148,7 @@ def _sgd_ema_kernel(
     g = tl.load(record_ptr + 1)
     m = tl.load(record_ptr + 2)
     s = tl.load(record_ptr + 3)
+    c = tl.load(record_ptr + 4)
     count = tl.load(record_ptr + COUNT).to(tl.int32)
     layout = tl.load(record_ptr + LAYOUT)
     weight_decay = tl.load(weight_decay_ptr + pid)
@@ -154,30 +162,33 @@ def _sgd_ema_kernel(
         g_ptrs = tl.multiple_of(g.to(G_TYPE), 16) + offs
         m_ptrs = tl.multiple_of(m.to(F_TYPE), 16) + offs
         s_ptrs = tl.multiple_of(s.to(F_TYPE), 16) + offs
+        c_ptrs = tl.multiple_of(c.to(C_TYPE), 16) + offs
         mask = offs < count // 16 * 16
         _sgd_ema_chunk(
-            *(p_ptrs, g_ptrs, m_ptrs, s_ptrs, mask),
+            *(p_ptrs, g_ptrs, m_ptrs, s_ptrs, c_ptrs, mask),
             *(lr, momentum, weight_decay, decay),
-            *(HAS_MOMENTUM, HAS_SHADOW, IS_NESTEROV),
+            *(HAS_MOMENTUM, HAS_SHADOW, HAS_COPIES, IS_NESTEROV),
         )
     else:  # small pieces: 64-bit offsets of a whole chunk would take the registers of the fast path
         for start in range(0, count, PIECE):
             offs_piece = start + tl.arange(0, PIECE)
             offsets = offs_piece.to(tl.int64)
-            p_offs, g_offs, m_offs, s_offs = offsets, offsets, offsets, offsets
+            p_offs, g_offs, m_offs, s_offs, c_offs = offsets, offsets, offsets, offsets, offsets
             if layout != LINEAR:
-                row_ptr = strides_ptr + layout * (5 * DIMS)
+                row_ptr = strides_ptr + layout * (6 * DIMS)
                 index = tl.load(record_ptr + FIRST).to(tl.int32) + offs_piece
                 p_offs = _strided(index, row_ptr, 0)
                 g_offs = _strided(index, row_ptr, 1)
                 m_offs = _strided(index, row_ptr, 2)
                 s_offs = _strided(index, row_ptr, 3)
+                c_offs = _strided(index, row_ptr, 4)
             p_ptrs = p.to(P_TYPE) + p_offs
             g_ptrs = g.to(G_TYPE) + g_offs
             m_ptrs = m.to(F_TYPE) + m_offs
             s_ptrs = s.to(F_TYPE) + s_offs
+            c_ptrs = c.to(C_TYPE) + c_offs
             _sgd_ema_chunk(
-                *(p_ptrs, g_ptrs, m_ptrs, s_ptrs, offs_piece < count),
+                *(p_ptrs, g_ptrs, m_ptrs, s_ptrs, c_ptrs, offs_piece < count),
                 *(lr, momentum, weight_decay, decay),
-                *(HAS_MOMENTUM, HAS_SHADOW, IS_NESTEROV),
+                *(HAS_MOMENTUM, HAS_SHADOW, HAS_COPIES, IS_NESTEROV),
             )

@@ -174,6 +174,20 @@ def test_a_float32_average_of_parameters_in_fewer_bits(dtype):
         assert_close(ours, true)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_copies_and_gradients_in_fewer_bits(dtype):
+    """As a step that casts the gradients to float32 first, and the parameters to the dtype of the copies after it."""
+    lists, plain, copies = *([tensors(torch.float32, seed) for seed in range(4)] for _ in range(2)), tensors(dtype, 4)
+    lists[1] = [g.to(dtype) for g in lists[1]]
+    plain[1] = [g.float() for g in lists[1]]
+    sgd_ema_step(*lists, LR, 0.9, 1e-2, DECAY, copies=copies)
+    sgd_ema_step(*plain, LR, 0.9, 1e-2, DECAY)
+    for i in (0, 2, 3):
+        for ours, theirs in zip(lists[i], plain[i], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(c, p.to(dtype)) for c, p in zip(copies, lists[0], strict=True))
+
+
 def call_step(lists, lr, decay, **options):
     sgd_ema_step(*lists, lr, 0.9, [0.0, 1e-2, 1e-2, 0.0, 0.1], decay, **options)
     ema_update(lists[3], lists[0], decay, **options)
@@ -204,7 +218,8 @@ def test_opcheck():
     lr, decay = torch.tensor(0.1), torch.tensor(0.9)
     torch.library.opcheck(torch.ops.rsengine.ema_update, (lists[3], lists[0], decay, "eager"))
     for shadow, rate in ((lists[3], decay), ([], None)):
-        arguments = (*lists[:3], shadow, lr, 0.9, [0.1] * len(SHAPES), rate, True, "eager")
+        copies = tensors(torch.bfloat16, 4)
+        arguments = (*lists[:3], shadow, lr, 0.9, [0.1] * len(SHAPES), rate, True, copies, "eager")
         torch.library.opcheck(torch.ops.rsengine.sgd_ema_step, arguments)
 
 
@@ -253,6 +268,10 @@ LR, DECAY = torch.tensor(0.1), torch.tensor(0.5)
             r"grads\[1\]: expected torch.float32 for .*got torch.float16",
         ),
         (
+            lambda: sgd_ema_step([ONE], [ONE], [ONE], None, LR, 0.9, 0.0, None, copies=[ONE]),
+            r"copies\[0\]: expected torch.bfloat16 or torch.float16 for .*got torch.float32",
+        ),
+        (
             lambda: sgd_ema_step([ONE.half()], [ONE.half()], [ONE.half()], None, LR, 0.9, 0.0, None),
             r"momentum_buffers\[0\]: expected torch.float32.*got torch.float16",
         ),
@@ -295,6 +314,10 @@ ONE = torch.ones(2)
         (lambda: ema_update([ONE], [ONE], torch.ones(1)), "decay: expected a floating-point tensor"),
         (lambda: sgd_ema_step([ONE], [], [ONE], None, torch.tensor(0.1), 0.9, 0.0, None), "grads: expected 1"),
         (lambda: sgd_ema_step([ONE], [ONE], [ONE], None, 0.1, 0.9, 0.0, None), "lr: expected"),
+        (
+            lambda: sgd_ema_step([ONE] * 2, [ONE] * 2, [ONE] * 2, None, LR, 0.9, 0.0, None, copies=[ONE]),
+            "copies: expected 2 tensors, as many as params; got 1",
+        ),
         (
             lambda: sgd_ema_step([ONE], [ONE], [ONE], [ONE], torch.tensor(0.1), 0.9, 0.0, None),
             "expected both or neither",
