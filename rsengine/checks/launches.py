@@ -8,11 +8,11 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 from rsengine.checks.capture import check_step, trace_step, tracing
 from rsengine.checks.trace import Operation
@@ -22,11 +22,22 @@ from rsengine.model import Bottleneck
 
 RECIPES = ("report-1", "quickstart")
 # Parts of a step, in the table's order.
-IMAGES, PRODUCTS, NORM = "images: normalise", "convolutions, linear layers", "batch norm and its counters"
+IMAGES, PRODUCTS, NORM = "images: normalise, resize, mix", "convolutions, linear layers", "batch norm and its counters"
 OTHER, CASTS = "ReLU, pooling, dropout, sums of branches", "other casts between float32 and bfloat16"
-TAIL, LOSS = "squeeze-and-excite to the block's end, its casts", "loss and accuracy"
-GRADIENTS, UPDATE, BOOKS = "gradients: clear, accumulate", "SGD and EMA", "tables, counters, sums"
-PARTS = (IMAGES, PRODUCTS, NORM, OTHER, CASTS, TAIL, LOSS, GRADIENTS, UPDATE, BOOKS)
+EPILOGUE, LOSS = "block epilogue and its casts", "loss and accuracy"
+GRADIENTS, UPDATE, COUNTERS = "gradients: clear, accumulate", "SGD and EMA", "tables, counters, sums"
+PARTS = (IMAGES, PRODUCTS, NORM, OTHER, CASTS, EPILOGUE, LOSS, GRADIENTS, UPDATE, COUNTERS)
+# The part that an operation under a label belongs to; the network's are told apart by name.
+STAGES = {
+    "images": IMAGES,
+    "network": OTHER,
+    "block epilogue": EPILOGUE,
+    "loss": LOSS,
+    "gradients": GRADIENTS,
+    "backward": GRADIENTS,  # what no forward operation is known for
+    "update": UPDATE,
+    "counters": COUNTERS,
+}
 
 INTRODUCTION = """\
 # Operations a step hands to the device
@@ -60,9 +71,11 @@ class PlainBottleneck(Bottleneck):
     def forward(self, x: Tensor) -> Tensor:
         branch = F.relu(self.bn1(self.conv1(x)))
         branch = F.relu(self.bn2(self.conv2(branch)))
-        return self._tail(self.bn3(self.conv3(branch)), self.shortcut(x))
+        branch, shortcut = self.bn3(self.conv3(branch)), self.shortcut(x)
+        with record_function("block epilogue"):
+            return self._epilogue(branch, shortcut)
 
-    def _tail(self, branch: Tensor, shortcut: Tensor) -> Tensor:
+    def _epilogue(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         reduce, expand = self.se.reduce, self.se.expand  # timm's are 1x1 convolutions
         gate = F.relu(F.conv2d(branch.mean((2, 3), keepdim=True), reduce.weight[:, :, None, None], reduce.bias))
         branch = branch * torch.sigmoid(F.conv2d(gate, expand.weight[:, :, None, None], expand.bias))
@@ -73,7 +86,7 @@ class PlainBottleneck(Bottleneck):
 
 
 class PlainStep:
-    """The step of a recipe without :mod:`rsengine.kernels`: the loss, optimiser and average that PyTorch offers."""
+    """The step of a recipe without :mod:`rsengine.kernels`: with the loss, optimiser and EMA that PyTorch offers."""
 
     def __init__(self, step: TrainStep, recipe: Recipe) -> None:
         # `step` is used up: the plain one takes its network and changes it.
@@ -81,7 +94,7 @@ class PlainStep:
         for module in self.model.modules():
             if isinstance(module, Bottleneck):
                 module.__class__ = PlainBottleneck
-        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.ema_model = copy.deepcopy(self.model).requires_grad_(False)
         self.smoothing, self.decay = recipe.train.label_smoothing, recipe.ema.decay
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
         exempt = [p for p in self.model.parameters() if p.dim() == 1]
@@ -92,22 +105,27 @@ class PlainStep:
         self.correct_sum = torch.zeros((), dtype=torch.int64, device=step.counter.device)
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        with record_function("gradients"):
+            self.optimizer.zero_grad(set_to_none=True)
+        with record_function("images"):
+            images = self.preprocess(images)
         with self.execution.autocast():
-            logits = self.model(self.preprocess(images))
-            loss, correct = self._loss(logits, labels)
-        loss.backward()
-        self._update()
-        self.loss_sum += loss.detach()
-        self.correct_sum += correct
+            with record_function("network"):
+                logits = self.model(images)
+            with record_function("loss"):
+                loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
+                correct = (logits.argmax(1) == labels).sum()
+        with record_function("backward"):
+            loss.backward()
+        with record_function("update"):
+            self.optimizer.step()
+            self._update_ema()
+        with record_function("counters"):
+            self.loss_sum += loss.detach()
+            self.correct_sum += correct
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
-        return loss, (logits.argmax(1) == labels).sum()
-
-    def _update(self) -> None:
-        self.optimizer.step()
-        ours, averaged = ([*m.parameters(), *m.buffers()] for m in (self.model, self.average))
+    def _update_ema(self) -> None:
+        ours, averaged = ([*m.parameters(), *m.buffers()] for m in (self.model, self.ema_model))
         pairs = [(a, b) for a, b in zip(averaged, ours, strict=True) if a.is_floating_point()]
         torch._foreach_lerp_([a for a, _ in pairs], [b.detach() for _, b in pairs], 1 - self.decay)
 
@@ -146,24 +164,23 @@ def _by_part(operations: Sequence[Operation]) -> Counter[str]:
 
 
 def part_of(operation: Operation) -> str:
-    """Which of :data:`PARTS` an operation belongs to: by the line whose value or gradient it computes."""
-    site, name = operation.forward or operation.site, operation.name
-    file, function = Path(site.file).name, site.function
-    in_network = file in ("network.py", "layers.py", "batch_normalization.py") or (
-        file == "launches.py" and function == "forward"
-    )
-    if file == "squeeze_excitation.py" or function == "_tail":
-        return TAIL
-    if in_network:
-        if name == "aten._to_copy":
-            return CASTS
-        if "convolution" in name or "mm" in name:
-            return PRODUCTS
-        return NORM if "batch_norm" in name or name == "aten.add_.Tensor" else OTHER
-    if file == "preprocess.py":
-        return IMAGES
-    if file == "cross_entropy.py" or function == "_loss":
-        return LOSS
-    if file in ("ema.py", "muon.py") or (file == "launches.py" and function == "_update"):
-        return UPDATE
-    return GRADIENTS if ".backward(" in site.text or function == "clear_gradients" else BOOKS
+    """Which of :data:`PARTS` an operation belongs to: by its innermost known label, and within the network by its name.
+
+    Raises:
+        ValueError: an operation outside every labelled stage of a step.
+    """
+    stage = next((label for label in reversed(operation.labels) if label in STAGES), None)
+    if stage is None:
+        raise ValueError(f"{operation.name} at {operation.site}: expected a label of {', '.join(STAGES)}")
+    name = operation.name
+    if stage == "update" and name == "aten.gather":
+        return COUNTERS  # it reads a rate from its table
+    if stage != "network":
+        return STAGES[stage]
+    if "squeeze_excite" in name:
+        return EPILOGUE
+    if name == "aten._to_copy":
+        return CASTS
+    if "convolution" in name or "mm" in name:
+        return PRODUCTS
+    return NORM if "batch_norm" in name or name == "aten.add_.Tensor" else OTHER

@@ -41,6 +41,8 @@ class Operation:
         arguments: an :class:`Operand` for each tensor, the ``repr`` of everything else.
         site: the line of the step that called it; in a backward pass, that which started the pass.
         forward: in a backward pass, the line whose gradient this is, where known.
+        labels: the :class:`torch.profiler.record_function` blocks it was called in, outermost first; in a backward pass
+            those of the operation whose gradient this is, where known.
         launches: whether it gives the device work: neither a view nor an allocation.
     """
 
@@ -48,7 +50,15 @@ class Operation:
     arguments: tuple[Operand | str, ...]
     site: Site | None
     forward: Site | None
+    labels: tuple[str, ...]
     launches: bool
+
+
+class Origin(NamedTuple):
+    """Where an operation was called: the line of the step, and the labels around it."""
+
+    site: Site | None
+    labels: tuple[str, ...]
 
 
 class Birth(NamedTuple):
@@ -79,19 +89,22 @@ class Trace(TorchDispatchMode):
         self.steps: list[list[Operation]] = []
         self.births: dict[int, Birth] = {}
         self.findings: list[Finding] = []
-        self._forward_sites: dict[int, Site | None] = {}
+        self._labels: tuple[str, ...] = ()
+        self._origins: dict[int, Origin] = {}  # of the forward operations, by autograd's sequence number
 
     def begin(self) -> None:
         self.steps.append([])
-        self._forward_sites = {}
+        self._labels, self._origins = (), {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "profiler":
+            self._follow_label(func, args)
         if func.namespace in ("prim", "profiler"):  # questions and labels
             return func(*args, **kwargs)
         operations, leaves = self.steps[-1], tree_leaves((args, kwargs))
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        site, forward = self._sites()
+        site, forward, labels = self._origin()
         index, name = len(operations), str(func).removesuffix(".default")
         arguments = tuple(self._operand(leaf) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
         if any(self.is_ours(t) for t in inputs) and waits_for_device(func, inputs, kwargs):
@@ -106,7 +119,7 @@ class Trace(TorchDispatchMode):
             self.births[storage._cdata] = Birth(StorageWeakRef(storage), len(self.steps), index, output)
         ours = any(self.is_ours(t) for t in (*inputs, *made))
         launches = ours and launches_work(func, inputs, fresh)
-        operations.append(Operation(name, arguments, site, forward, launches))
+        operations.append(Operation(name, arguments, site, forward, labels, launches))
         return outputs
 
     def refuse_wait(self, name: str, site: Site | None, forward: Site | None) -> None:
@@ -141,14 +154,21 @@ class Trace(TorchDispatchMode):
         shape, stride = tuple(tensor.shape), tensor.stride()
         return Operand(shape, stride, tensor.storage_offset(), tensor.dtype, tensor.device.type, source)
 
-    def _sites(self) -> tuple[Site | None, Site | None]:
-        """The innermost line of the step, and in a backward pass the line whose gradient is being computed."""
+    def _follow_label(self, func: Any, args: Any) -> None:
+        if func.overloadpacket is torch.ops.profiler._record_function_enter_new:
+            self._labels += (args[0],)
+        else:
+            self._labels = self._labels[:-1]
+
+    def _origin(self) -> tuple[Site | None, Site | None, tuple[str, ...]]:
+        """The innermost line of the step, in a backward pass the line whose gradient is being computed, and labels."""
         site, node = innermost_site(sys._getframe(2)), torch._C._current_autograd_node()
         if node is not None:
-            return site, self._forward_sites.get(node._sequence_nr())
+            forward = self._origins.get(node._sequence_nr(), Origin(None, self._labels))
+            return site, *forward
         # Autograd numbers its nodes, and makes an operator's before it calls it: the newest is this one's.
-        self._forward_sites.setdefault(torch.autograd._get_sequence_nr() - 1, site)
-        return site, None
+        self._origins.setdefault(torch.autograd._get_sequence_nr() - 1, Origin(site, self._labels))
+        return site, None, self._labels
 
     def _note_crossing(
         self, func: Any, name: str, inputs: list[Tensor], made: list[Tensor], site: Site | None, forward: Site | None

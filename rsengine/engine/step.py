@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from rsengine.augment.mixup import Mix, soft_targets
 from rsengine.config import Recipe
@@ -39,6 +40,9 @@ class TrainStep:
     With ``train.micro_batches`` = k the batch goes through the network in k equal parts, one backward pass each, and
     the gradient is that of the mean loss over the whole batch. Batch norm normalises by the statistics of each part,
     and its running averages move k times a step; mixup and cutmix pair images over the whole batch.
+
+    In a trace of PyTorch's profiler the stages of a step are labelled ``images``, ``gradients``, ``network``, ``loss``,
+    ``backward``, ``update`` and ``counters``.
 
     Args:
         resident: gives the batch of a step from the () int64 counter, on the device; ``step()`` then takes nothing.
@@ -100,35 +104,43 @@ class TrainStep:
 
     def __call__(self, images: Tensor | None = None, labels: Tensor | None = None) -> None:
         # Past the end of the run the last step's table entries go on: a warm-up may begin at any step, and is undone.
-        now = self.counter.clamp(max=len(self.update.learning_rates) - 1)
-        images, labels = self._batch(images, labels, now)
-        others, share = labels, None
-        if self.mix is not None:
-            others, (images, share) = labels.roll(1, 0), self.mix(images)
-        self.update.clear_gradients()
-        k = self.micro_batches
-        for part in zip(images.chunk(k), labels.chunk(k), others.chunk(k), strict=True):
+        with record_function("counters"):
+            now = self.counter.clamp(max=len(self.update.learning_rates) - 1)
+        with record_function("images"):
+            images, labels = self._batch(images, labels, now)
+            others, share = labels, None
+            if self.mix is not None:
+                others, (images, share) = labels.roll(1, 0), self.mix(images)
+            parts = zip(*(whole.chunk(self.micro_batches) for whole in (images, labels, others)), strict=True)
+        with record_function("gradients"):
+            self.update.clear_gradients()
+        for part in parts:
             self._accumulate(*part, share)
-        self.update(now)
-        self.counter.add_(1)
+        with record_function("update"):
+            self.update(now)
+        with record_function("counters"):
+            self.counter.add_(1)
 
     def _accumulate(self, images: Tensor, labels: Tensor, others: Tensor, share: Tensor | None) -> None:
         """Add one part's gradient and metrics."""
-        if self.preprocess is not None:
-            images = self.preprocess(images)
-        if self.image_size is not None:
-            images = resized(images, self.image_size)
-        with self.execution.autocast(cache=not self.update.keep_gradients):
+        with record_function("images"):
+            if self.preprocess is not None:
+                images = self.preprocess(images)
+            if self.image_size is not None:
+                images = resized(images, self.image_size)
+        with record_function("network"), self.execution.autocast(cache=not self.update.keep_gradients):
             logits = self.model(images)
-        target = labels if share is None else soft_targets(labels, others, share, logits.shape[1])
-        loss, correct = label_smoothed_cross_entropy(logits, target, self.label_smoothing)
-        loss.backward(self.part)
-
-        loss, n = loss.detach(), labels.shape[0]
-        self.first_bad.copy_(torch.where((self.first_bad < 0) & ~loss.isfinite(), self.counter, self.first_bad))
-        self.loss_sum.add_(loss.double() * n)
-        self.correct_sum.add_(correct)
-        self.image_count.add_(n)
+        with record_function("loss"):
+            target = labels if share is None else soft_targets(labels, others, share, logits.shape[1])
+            loss, correct = label_smoothed_cross_entropy(logits, target, self.label_smoothing)
+        with record_function("backward"):
+            loss.backward(self.part)
+        with record_function("counters"):
+            loss, n = loss.detach(), labels.shape[0]
+            self.first_bad.copy_(torch.where((self.first_bad < 0) & ~loss.isfinite(), self.counter, self.first_bad))
+            self.loss_sum.add_(loss.double() * n)
+            self.correct_sum.add_(correct)
+            self.image_count.add_(n)
 
     def _batch(self, images: Tensor | None, labels: Tensor | None, now: Tensor) -> tuple[Tensor, Tensor]:
         if (self.resident is None) == (images is None or labels is None):
@@ -182,7 +194,7 @@ class TrainStep:
             ValueError: the state of another network.
         """
         if (state["ema"] is None) != (self.ema_model is None):
-            raise ValueError("ema: one of state and recipe has an average, the other none")
+            raise ValueError("ema: one of state and recipe has an EMA, the other none")
         try:
             self.model.load_state_dict(state["model"])
             if self.ema_model is not None:

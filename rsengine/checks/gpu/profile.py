@@ -22,8 +22,8 @@ from torch.utils.flop_counter import flop_registry
 
 from rsengine.checks.gpu.device import LABEL, Setup, Work, copy_rate, idle_share, product_rate, split_rounds
 from rsengine.checks.gpu.steps import capture, device_batches, make_step
-from rsengine.checks.launches import GRADIENTS, part_of
-from rsengine.checks.trace import Operation, Trace
+from rsengine.checks.launches import part_of
+from rsengine.checks.trace import Trace
 from rsengine.config import load_recipe
 
 SHOWN = 20
@@ -72,7 +72,7 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
     for _ in range(2):  # the first allocates; the second is the one that the profiler sees
         trace = LabellingTrace(device.device.type)
         launches = device.launches(labelled)
-    kernels = place(split, launches, [_part(operation) for operation in trace.steps[-1]], trace.costs)
+    kernels = place(split, launches, [part_of(operation) for operation in trace.steps[-1]], trace.costs)
     copy, product = copy_rate(device), product_rate(device)
     return summary(kernels) | {
         "batch_size": recipe.train.batch_size,
@@ -107,11 +107,6 @@ def cost(func: Any, args: Any, kwargs: Any, outputs: Any) -> Cost:
     count = flop_registry.get(func.overloadpacket)
     flops = count(*args, **kwargs, out_val=outputs) if count is not None else 0
     return Cost(sum(t.numel() * t.element_size() for t in tensors.values()), int(flops))
-
-
-def _part(operation: Operation) -> str:
-    # A gradient is added in a thread of autograd that no line of the step started, and has no forward operator.
-    return part_of(operation) if operation.forward or operation.site else GRADIENTS
 
 
 def place(
