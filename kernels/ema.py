@@ -174,6 +174,11 @@ def _sgd_ema_eager(
     nesterov: bool,
     copies: list[Tensor],
 ) -> None:
+    # A gradient in fewer bits than its parameter loses nothing in the parameter's, which the fused operator asks for.
+    grads = [
+        g if torch.promote_types(g.dtype, p.dtype) != p.dtype else g.to(p.dtype)
+        for g, p in zip(grads, params, strict=True)
+    ]
     groups: dict[float, list[int]] = {}  # in practice two: decayed weights, and BN parameters and biases
     for i, (p, g, m) in enumerate(zip(params, grads, momentum_buffers if momentum else grads, strict=True)):
         if _side_by_side(p, g, m):

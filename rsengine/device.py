@@ -26,13 +26,13 @@ class Execution:
     def precision(self) -> str:
         return "fp32" if self.autocast_dtype is None else "bf16"
 
-    def autocast(self, cache: bool = True) -> torch.autocast:
-        """Autocast in this precision. ``cache=False`` for graph capture, which a kept copy of a weight would break."""
+    def autocast(self) -> torch.autocast:
+        """Autocast in this precision. It keeps no casts: a pass uses each weight once, and a graph could not."""
         return torch.autocast(
             self.device.type,
             dtype=self.autocast_dtype or torch.bfloat16,
             enabled=self.autocast_dtype is not None,
-            cache_enabled=cache,
+            cache_enabled=False,
         )
 
 

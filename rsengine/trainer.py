@@ -84,7 +84,6 @@ class Trainer:
             execution,
             self.steps_per_epoch,
             resident=self.batches.resident,
-            keep_gradients=self.graph,
         )
         self.evaluation = build_evaluation(self.step, recipe, *data)
         self.captured_evaluation: CapturedStep | None = None

@@ -131,7 +131,6 @@ def trace_step(
         execution,
         steps_per_epoch,
         resident=resident,
-        keep_gradients=True,
         model=model,
         kind=kind,
     )
@@ -145,8 +144,8 @@ def check_step(step: Step, inputs: Sequence[Tensor] = ()) -> Report:
     Call it inside :func:`tracing`, with a step and inputs that were made there, on its device.
 
     Args:
-        step: as :class:`rsengine.engine.graph.CapturedStep` takes one. Parameters, buffers and gradients of every
-            module among its attributes are watched, and what ``step.state_tensors()`` lists.
+        step: as :class:`rsengine.engine.graph.CapturedStep` takes one. Parameters and buffers of every module
+            among its attributes are watched, and what ``step.state_tensors()`` lists.
     """
     trace, addresses, findings = Trace(NAME), [], []
     for _ in range(STEPS):
@@ -234,8 +233,6 @@ def _addresses(step: Step, inputs: Sequence[Tensor]) -> dict[str, int]:
         if isinstance(value, nn.Module):
             for name, tensor in (*value.named_parameters(), *value.named_buffers()):
                 watched[f"{attribute}.{name}"] = tensor
-                if tensor.grad is not None:
-                    watched[f"{attribute}.{name}.grad"] = tensor.grad
         elif isinstance(value, Tensor):
             names[storage_of(value)] = attribute
     names |= {storage_of(tensor): name for name, tensor in watched.items()}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 from rsengine.checks.capture import check_step, trace_step, tracing
@@ -19,6 +19,7 @@ from rsengine.checks.trace import Operation
 from rsengine.config import Recipe, load_recipe
 from rsengine.engine.step import TrainStep
 from rsengine.model import Bottleneck
+from rsengine.model.layers import BatchNorm
 
 RECIPES = ("report-1", "quickstart")
 # Parts of a step, in the table's order.
@@ -49,9 +50,11 @@ own batch size on 32x32 pixels and 10 classes. Counted is every operator call th
 allocations are not.
 
 - *plain*: squeeze-and-excite from single operators as timm has it, `F.cross_entropy`, `torch.optim.SGD(foreach=True)`,
-  EMA by `torch._foreach_lerp_`, gradients set to `None`.
-- *engine*: the step of `rsengine.engine.step` as it is captured: the fused operators of `rsengine.kernels`, gradients
-  kept in place (one addition a parameter, the price of fixed addresses), schedules and sums on the device.
+  EMA by `torch._foreach_lerp_`, weights cast by autocast.
+- *engine*: the step of `rsengine.engine.step` as it is captured: the fused operators of `rsengine.kernels`, bfloat16
+  copies of the weights that the update writes, schedules and sums on the device.
+
+Both set gradients to `None`, so that the backward pass writes each one once.
 
 """
 NOTES = """
@@ -85,6 +88,14 @@ class PlainBottleneck(Bottleneck):
         return F.relu(branch + shortcut)
 
 
+class PlainBatchNorm(BatchNorm):
+    """The layer of ``torch.nn``, which counts its batches itself."""
+
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        y = nn.BatchNorm2d.forward(self, x)
+        return F.relu(y) if relu else y
+
+
 class PlainStep:
     """The step of a recipe without :mod:`rsengine.kernels`: with the loss, optimiser and EMA that PyTorch offers."""
 
@@ -92,8 +103,10 @@ class PlainStep:
         # `step` is used up: the plain one takes its network and changes it.
         self.model, self.preprocess, self.execution = step.model, step.preprocess, step.execution
         for module in self.model.modules():
-            if isinstance(module, Bottleneck):
-                module.__class__ = PlainBottleneck
+            for kind in (PlainBottleneck, PlainBatchNorm):
+                if type(module) is kind.__base__:
+                    module.__class__ = kind
+        self.model._batch_norms = []
         self.ema_model = copy.deepcopy(self.model).requires_grad_(False)
         self.smoothing, self.decay = recipe.train.label_smoothing, recipe.ema.decay
         decayed = [p for p in self.model.parameters() if p.dim() > 1]

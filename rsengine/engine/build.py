@@ -30,21 +30,21 @@ def build_step(
     steps_per_epoch: int,
     *,
     resident: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
-    keep_gradients: bool = False,
     model: nn.Module | None = None,
     kind: Callable[..., TrainStep] = TrainStep,
 ) -> TrainStep:
-    """The training step of a recipe.
+    """The training step of a recipe. On a GPU it trains on copies of the weights in autocast's dtype where it can.
 
     Args:
         mean, std: of the data set, three numbers each, in units of 0 to 1.
-        resident, keep_gradients: as :class:`TrainStep` takes them.
+        resident: as :class:`TrainStep` takes it.
         model: a network to train in place of the recipe's own.
         kind: what makes the step.
     """
     model = build_model(recipe, num_classes) if model is None else model
     preprocess = Preprocess(mean, std, execution.device)
-    return kind(model, recipe, preprocess, execution, steps_per_epoch, resident=resident, keep_gradients=keep_gradients)
+    copies = execution.device.type != "cpu" and execution.autocast_dtype is not None and recipe.train.micro_batches == 1
+    return kind(model, recipe, preprocess, execution, steps_per_epoch, resident=resident, weight_copies=copies)
 
 
 def build_evaluation(

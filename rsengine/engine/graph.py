@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from rsengine.device import Execution
-from rsengine.kernels.jit.ema_table import keep_tables
+from rsengine.kernels.jit.ema_table import capture_tables, keep_tables
 
 # What a first run sets up and a capture may not: cuDNN's and cuBLAS's plans and workspaces, Triton's and Inductor's
-# kernels, the address tables of the fused update, kept gradients. PyTorch's notes ask for three.
+# kernels, the address tables of the fused update. PyTorch's notes ask for three.
 WARMUP_STEPS = 3
 
 
@@ -96,8 +96,9 @@ class CapturedStep:
     ) -> None:
         self.step, self.inputs = step, tuple(inputs)
         state = step.state_tensors()  # held until the comparison, so that no address is used again
-        warm_up(step, self.inputs, recorder, warmup_steps)
-        with keep_tables() as self._tables:  # of addresses, which the graph reads as long as it lives
+        with keep_tables() as used:
+            warm_up(step, self.inputs, recorder, warmup_steps)
+        with capture_tables(used) as self._tables:  # of addresses, which the graph reads as long as it lives
             self._replay = recorder.record(lambda: step(*self.inputs))
         before, now = ([tensor.data_ptr() for tensor in tensors] for tensors in (state, step.state_tensors()))
         if before != now:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.profiler import record_function
 
 from rsengine.augment.mixup import Mix, soft_targets
@@ -31,7 +32,7 @@ class Totals:
     loss: float  # sum over images of the smoothed training loss
     correct: int  # with mixup or cutmix: agreement with the label of the larger share
     images: int
-    first_bad_step: int  # the first step ever whose loss was not finite, or -1
+    first_bad_step: int  # the first of these steps whose loss was not finite, or -1
 
 
 class TrainStep:
@@ -47,9 +48,8 @@ class TrainStep:
     Args:
         resident: gives the batch of a step from the () int64 counter, on the device; ``step()`` then takes nothing.
             Its images are normalised already where ``recipe.batches_are_normalised``.
-        keep_gradients: keep the same gradient tensors from step to step, zeroed in each, so that their addresses last
-            (a captured graph and the fused update's table of addresses need that), and keep no autocast copies of
-            weights. Otherwise each backward pass allocates its own.
+        weight_copies: train on copies of the weights in autocast's dtype, which the update writes beside the float32
+            weights: no weight is cast in a step, and gradients are written and read in that dtype.
 
     Attributes:
         image_size: height and width to which images are resized before the network; ``None``: they stay as they are. A
@@ -60,7 +60,8 @@ class TrainStep:
         counter: () int64, the steps done.
 
     Raises:
-        ValueError: a recipe of resident data without ``resident``: its images would never be normalised.
+        ValueError: a recipe of resident data without ``resident``: its images would never be normalised; or
+            ``weight_copies`` without autocast, or with micro-batches, whose gradients are summed in float32.
     """
 
     def __init__(
@@ -72,10 +73,15 @@ class TrainStep:
         steps_per_epoch: int,
         *,
         resident: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
-        keep_gradients: bool = False,
+        weight_copies: bool = False,
     ) -> None:
         if recipe.batches_are_normalised and resident is None:
             raise ValueError("resident: expected the data, because train.loader is 'resident'; got None")
+        if weight_copies and (execution.autocast_dtype is None or recipe.train.micro_batches > 1):
+            raise ValueError(
+                "weight_copies: expected autocast and train.micro_batches = 1; got "
+                f"{execution.precision} and {recipe.train.micro_batches}"
+            )
         device = execution.device
         self.model = model.to(device, memory_format=torch.channels_last).train()
         self.preprocess = None if recipe.batches_are_normalised else preprocess
@@ -91,8 +97,8 @@ class TrainStep:
             self.ema_model,
             recipe,
             steps_per_epoch,
-            keep_gradients=keep_gradients,
             dtype=execution.autocast_dtype or torch.float32,
+            copy_dtype=execution.autocast_dtype if weight_copies else None,
         )
         # A part's share of the batch: where its backward pass begins.
         self.part = torch.full((), 1 / self.micro_batches, dtype=torch.float32, device=device)
@@ -100,7 +106,8 @@ class TrainStep:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.correct_sum = torch.zeros((), dtype=torch.int64, device=device)
         self.image_count = torch.zeros((), dtype=torch.int64, device=device)
-        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self.finite_count = torch.zeros((), dtype=torch.int64, device=device)  # of micro-batches before a bad loss
+        self._counted_from = 0  # the step with which the sums began
 
     def __call__(self, images: Tensor | None = None, labels: Tensor | None = None) -> None:
         # Past the end of the run the last step's table entries go on: a warm-up may begin at any step, and is undone.
@@ -128,19 +135,23 @@ class TrainStep:
                 images = self.preprocess(images)
             if self.image_size is not None:
                 images = resized(images, self.image_size)
-        with record_function("network"), self.execution.autocast(cache=not self.update.keep_gradients):
-            logits = self.model(images)
+        with record_function("network"), self.execution.autocast():
+            logits = self._logits(images)
         with record_function("loss"):
             target = labels if share is None else soft_targets(labels, others, share, logits.shape[1])
             loss, correct = label_smoothed_cross_entropy(logits, target, self.label_smoothing)
         with record_function("backward"):
             loss.backward(self.part)
         with record_function("counters"):
-            loss, n = loss.detach(), labels.shape[0]
-            self.first_bad.copy_(torch.where((self.first_bad < 0) & ~loss.isfinite(), self.counter, self.first_bad))
-            self.loss_sum.add_(loss.double() * n)
+            count = labels.shape[0]
+            self.loss_sum.add_(loss.detach(), alpha=count)
+            self.finite_count.add_(self.loss_sum < torch.inf)  # no loss is negative, and NaN is less than nothing
             self.correct_sum.add_(correct)
-            self.image_count.add_(n)
+            self.image_count.add_(count)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        copies = self.update.copies
+        return functional_call(self.model, copies, (images,)) if copies else self.model(images)
 
     def _batch(self, images: Tensor | None, labels: Tensor | None, now: Tensor) -> tuple[Tensor, Tensor]:
         if (self.resident is None) == (images is None or labels is None):
@@ -156,10 +167,17 @@ class TrainStep:
 
     def read_totals(self) -> Totals:
         """Read the accumulators and start them again from zero. The only place where the host waits for the device."""
-        totals = Totals(float(self.loss_sum), int(self.correct_sum), int(self.image_count), int(self.first_bad))
+        steps = int(self.counter) - self._counted_from
+        finite = int(self.finite_count) // self.micro_batches
+        first_bad = self._counted_from + finite if finite < steps else -1
+        totals = Totals(float(self.loss_sum), int(self.correct_sum), int(self.image_count), first_bad)
+        self._start_sums()
+        return totals
+
+    def _start_sums(self) -> None:
+        self._counted_from = int(self.counter)
         for accumulator in self._accumulators():
             accumulator.zero_()
-        return totals
 
     def weights_finite(self) -> bool:
         """Whether every weight is a finite number. Waits for the device."""
@@ -172,10 +190,10 @@ class TrainStep:
         """
         models = [self.model] if self.ema_model is None else [self.model, self.ema_model]
         held = [t.detach() for model in models for t in (*model.parameters(), *model.buffers())]
-        return held + [*self.update.state_tensors(), *self._accumulators(), self.first_bad, self.counter]
+        return held + [*self.update.state_tensors(), *self._accumulators(), self.counter]
 
     def _accumulators(self) -> tuple[Tensor, ...]:
-        return self.loss_sum, self.correct_sum, self.image_count
+        return self.loss_sum, self.correct_sum, self.image_count, self.finite_count
 
     def state_dict(self) -> dict[str, object]:
         """Everything a resumed run needs besides random number generators; tensors are the live ones, not copies."""
@@ -184,7 +202,6 @@ class TrainStep:
             "ema": self.ema_model.state_dict() if self.ema_model is not None else None,
             "momentum": self.update.momentum_buffers,
             "counter": self.counter,
-            "first_bad": self.first_bad,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -203,10 +220,9 @@ class TrainStep:
             raise ValueError(f"model: {str(error).splitlines()[0]}") from error
         for buffer, saved in zip(self.update.momentum_buffers, state["momentum"], strict=True):
             buffer.copy_(saved)
+        self.update.refresh_copies()
         self.counter.copy_(state["counter"])
-        self.first_bad.copy_(state["first_bad"])
-        for accumulator in self._accumulators():
-            accumulator.zero_()
+        self._start_sums()
 
 
 def image_sizes(recipe: Recipe, full: tuple[int, int]) -> list[tuple[int, int] | None]:

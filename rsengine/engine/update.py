@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,33 @@ from rsengine.kernels import ema_update, sgd_ema_step
 from rsengine.schedule import ema_decay_table, learning_rate_table
 
 
+class Group(NamedTuple):
+    """Parameters that are updated together. Each list has an entry for every one of them, or none for any."""
+
+    params: list[Tensor]
+    leaves: list[Tensor]  # what the backward pass gives a gradient: the copies where there are any, else the parameters
+    momentum_buffers: list[Tensor]
+    weight_decay: list[float]
+    shadow: list[Tensor]
+    copies: list[Tensor]
+
+    @property
+    def grads(self) -> list[Tensor]:
+        return [leaf.grad for leaf in self.leaves]
+
+
 class Update:
     """The optimiser step of a recipe, and its EMA. Every rate is read from a table on the device.
 
     Args:
         ema_model: the same network, to hold the EMA; ``None`` for none.
-        keep_gradients: keep the same gradient tensors from step to step, so that their addresses last.
         dtype: of Muon's Newton-Schulz products.
+        copy_dtype: of a copy of each weight and bias of the convolutions and linear layers, which the update keeps
+            current and the forward pass is to use; ``None`` for no copies.
 
     Attributes:
         params, momentum_buffers, weight_decay: of every parameter of ``model``, in its order.
+        copies: by the name of the parameter; empty for none. The backward pass gives them their gradients.
         shadow: the EMA of ``params``, or ``None``.
         learning_rates: (steps,) float64, SGD's, on the host; ``lr_table`` is its copy on the device.
     """
@@ -35,19 +53,23 @@ class Update:
         recipe: Recipe,
         steps_per_epoch: int,
         *,
-        keep_gradients: bool,
         dtype: torch.dtype,
+        copy_dtype: torch.dtype | None = None,
     ) -> None:
         optimizer, schedule = recipe.optimizer, recipe.schedule
-        self.keep_gradients = keep_gradients
         self.momentum, self.nesterov, self.clip_norm = optimizer.momentum, optimizer.nesterov, optimizer.clip_norm
         self.params = list(model.parameters())
         self.momentum_buffers = [torch.zeros_like(p) for p in self.params]
         # Convolution and linear weights have two dimensions or more; BN parameters and biases have one.
         exempt = not optimizer.decay_bn_and_bias
         self.weight_decay = [0.0 if exempt and p.dim() < 2 else optimizer.weight_decay for p in self.params]
-        for p in self.params:
-            p.grad = torch.zeros_like(p) if keep_gradients else None
+        self.copies: dict[str, Tensor] = {}
+        if copy_dtype is not None:
+            kinds = (nn.Conv2d, nn.Linear)
+            copied = {p for module in model.modules() if isinstance(module, kinds) for p in module.parameters()}
+            self.copies = {
+                name: p.detach().to(copy_dtype).requires_grad_() for name, p in model.named_parameters() if p in copied
+            }
 
         self.shadow: list[Tensor] | None = None
         if ema_model is not None:
@@ -56,20 +78,20 @@ class Update:
             self._buffers = [b for b in model.buffers() if b.is_floating_point()]
             self._shadow_buffers = [b for b in ema_model.buffers() if b.is_floating_point()]
 
-        # Picked once: the lists that each optimiser works on.
+        # Picked once: the lists that each optimiser works on. A call of the SGD step takes copies or none.
+        self._leaves = [self.copies.get(name, p) for name, p in model.named_parameters()]
         is_muons = [optimizer.name == "muon" and p.dim() == 4 for p in self.params]
-        by_muon = [i for i, chosen in enumerate(is_muons) if chosen]
-        by_sgd = [i for i, chosen in enumerate(is_muons) if not chosen]
-        self._sgd_params, self._sgd_buffers, self._sgd_decays = (
-            [values[i] for i in by_sgd] for values in (self.params, self.momentum_buffers, self.weight_decay)
+        has_copy = [leaf is not p for leaf, p in zip(self._leaves, self.params, strict=True)]
+        kinds = list(zip(is_muons, has_copy, strict=True))
+        self._by_muon = self._group([i for i, chosen in enumerate(is_muons) if chosen])
+        self._by_sgd = [
+            self._group([i for i, kind in enumerate(kinds) if kind == (False, copied)])
+            for copied in (False, True)
+            if (False, copied) in kinds
+        ]
+        self.muon = Muon(
+            self._by_muon.params, self._by_muon.momentum_buffers, optimizer.muon_momentum, self.nesterov, dtype
         )
-        self._muon_params, muon_buffers = (
-            [values[i] for i in by_muon] for values in (self.params, self.momentum_buffers)
-        )
-        self._sgd_shadow, self._muon_shadow = (
-            None if self.shadow is None else [self.shadow[i] for i in places] for places in (by_sgd, by_muon)
-        )
-        self.muon = Muon(self._muon_params, muon_buffers, optimizer.muon_momentum, self.nesterov, dtype)
 
         self.learning_rates = learning_rate_table(
             **asdict(schedule), epochs=recipe.train.epochs, steps_per_epoch=steps_per_epoch
@@ -84,40 +106,67 @@ class Update:
             for table in (self.learning_rates, muon_rates, decays)
         )
 
+    def _group(self, places: Sequence[int]) -> Group:
+        return Group(
+            params=[self.params[i] for i in places],
+            leaves=[self._leaves[i] for i in places],
+            momentum_buffers=[self.momentum_buffers[i] for i in places],
+            weight_decay=[self.weight_decay[i] for i in places],
+            shadow=[self.shadow[i] for i in places] if self.shadow is not None else [],
+            copies=[self._leaves[i].detach() for i in places if self._leaves[i] is not self.params[i]],
+        )
+
     def clear_gradients(self) -> None:
-        if self.keep_gradients:
-            torch._foreach_zero_([p.grad for p in self.params])
-        else:
-            for p in self.params:
-                p.grad = None
+        """So that the backward pass writes each gradient once, into memory of its own. A captured one always uses the
+        same memory."""
+        for leaf in self._leaves:
+            leaf.grad = None
 
     def __call__(self, now: Tensor) -> None:
         """Update every parameter by its gradient. ``now``: () int64, the step's place in the tables."""
         if self.clip_norm:
-            clip_by_global_norm_([p.grad for p in self.params], self.clip_norm)
+            clip_by_global_norm_([leaf.grad for leaf in self._leaves], self.clip_norm)
         lr = self.lr_table.gather(0, now)
         decay = None if self.shadow is None else self.decay_table.gather(0, now)
-        sgd_ema_step(
-            self._sgd_params,
-            [p.grad for p in self._sgd_params],
-            self._sgd_buffers,
-            self._sgd_shadow,
-            lr,
-            self.momentum,
-            self._sgd_decays,
-            decay,
-            self.nesterov,
-        )
-        if self._muon_params:
-            self.muon([p.grad for p in self._muon_params], self.muon_lr_table.gather(0, now))
-            if decay is not None:
-                ema_update(self._muon_shadow, self._muon_params, decay)
+        for group in self._by_sgd:
+            sgd_ema_step(
+                group.params,
+                group.grads,
+                group.momentum_buffers,
+                group.shadow if decay is not None else None,
+                lr,
+                self.momentum,
+                group.weight_decay,
+                decay,
+                self.nesterov,
+                copies=group.copies or None,
+            )
+        if self._by_muon.params:
+            self._muon_step(self._by_muon, self.muon_lr_table.gather(0, now), decay)
         if decay is not None:
             ema_update(self._shadow_buffers, self._buffers, decay)
 
+    def _muon_step(self, group: Group, lr: Tensor, decay: Tensor | None) -> None:
+        grads = group.grads
+        if group.copies:
+            grads = [torch.empty_like(p) for p in group.params]
+            torch._foreach_copy_(grads, group.grads)
+        self.muon(grads, lr)
+        if group.copies:
+            torch._foreach_copy_(group.copies, [p.detach() for p in group.params])
+        if decay is not None:
+            ema_update(group.shadow, group.params, decay)
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Make the copies those of the parameters, after something else has changed these."""
+        for group in (*self._by_sgd, self._by_muon):
+            if group.copies:
+                torch._foreach_copy_(group.copies, group.params)
+
     def state_tensors(self) -> list[Tensor]:
-        """What it changes and keeps beside the parameters and the EMA: momentum, and gradients that are kept."""
-        return [*self.momentum_buffers, *([p.grad for p in self.params] if self.keep_gradients else [])]
+        """What it changes and keeps beside the parameters and the EMA: momentum and copies."""
+        return [*self.momentum_buffers, *(copy.detach() for copy in self.copies.values())]
 
 
 @torch.no_grad()
@@ -128,8 +177,11 @@ def clip_by_global_norm_(grads: Sequence[Tensor], limit: float) -> None:
     nothing. As there, a gradient that is not finite stays or becomes NaN, and the weights with it.
 
     Args:
-        grads: floating-point tensors on one device, at least one.
+        grads: floating-point tensors on one device, at least one. Their norms are computed in float32 at least.
         limit: more than 0.
     """
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
+    by_dtype = [[g for g in grads if g.dtype == dtype] for dtype in dict.fromkeys(g.dtype for g in grads)]
+    norms = [torch._foreach_norm(same, 2, torch.promote_types(same[0].dtype, torch.float32)) for same in by_dtype]
+    norm = torch.linalg.vector_norm(torch.stack([n for each in norms for n in each]))
+    for same in by_dtype:
+        torch._foreach_mul_(same, (limit / (norm + 1e-6)).clamp(max=1.0))

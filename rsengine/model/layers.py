@@ -7,6 +7,8 @@ does the same sums. Elsewhere than on the CPU every layer is that of ``torch.nn`
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,18 +54,33 @@ class Conv3x3(nn.Conv2d):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm, with the ReLU after it where ``relu``: in training one operation of :mod:`rsengine.kernels`."""
+    """Batch norm, with the ReLU after it where ``relu``: in training one operation of :mod:`rsengine.kernels`.
+
+    Attributes:
+        counts: whether a batch is counted in ``num_batches_tracked`` here. A network of many layers counts for all of
+            them at once (:func:`count_batch`), in one operation.
+    """
+
+    counts = True
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         if not self.training or self.momentum is None:
             y = super().forward(x)
             return F.relu(y) if relu else y
-        return batch_norm(x, *self.counted(), self.momentum, self.eps, relu)
+        return batch_norm(x, *self.tensors(), self.momentum, self.eps, relu)
 
-    def counted(self) -> tuple[Tensor, ...]:
-        """Count a batch; what the operations of :mod:`rsengine.kernels` take of this layer."""
-        self.num_batches_tracked.add_(1)
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the operations of :mod:`rsengine.kernels` take of this layer, in training: it counts the batch."""
+        if self.counts:
+            self.num_batches_tracked.add_(1)
         return self.weight, self.bias, self.running_mean, self.running_var
+
+
+def count_batch(layers: Iterable[BatchNorm]) -> None:
+    """Count a batch in every layer that trains and does not count for itself: one operation."""
+    counters = [bn.num_batches_tracked for bn in layers if bn.training and bn.momentum is not None]
+    if counters:  # a layer without a momentum counts in any case, because its average depends on the count
+        torch._foreach_add_(counters, 1)
 
 
 class _WholeMap(torch.autograd.Function):

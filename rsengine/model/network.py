@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rsengine.errors import SettingsError
 from rsengine.kernels import batch_norm_squeeze_excite_residual, squeeze_excite_residual
-from rsengine.model.layers import BatchNorm, Conv3x3, PointwiseConv
+from rsengine.model.layers import BatchNorm, Conv3x3, PointwiseConv, count_batch
 
 # Blocks in each of the four stages. 26 is this project's small one; the others are the paper's.
 DEPTHS: dict[int, tuple[int, int, int, int]] = {
@@ -109,7 +109,7 @@ class Bottleneck(nn.Module):
         if not self.training or bn.momentum is None:
             return squeeze_excite_residual(bn(branch), *self.se.weights(), shortcut, keep_scale)
         return batch_norm_squeeze_excite_residual(
-            branch, *bn.counted(), *self.se.weights(), shortcut, keep_scale, bn.momentum, bn.eps
+            branch, *bn.tensors(), *self.se.weights(), shortcut, keep_scale, bn.momentum, bn.eps
         )
 
 
@@ -143,6 +143,9 @@ class ResNetRS(nn.Module):
             stages.append(nn.Sequential(*layers))
         self.stages = nn.Sequential(*stages)
         self.fc = nn.Linear(channels, num_classes)
+        self._batch_norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
+        for bn in self._batch_norms:
+            bn.counts = False
         self._initialise()
 
     def _initialise(self) -> None:
@@ -159,6 +162,7 @@ class ResNetRS(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x``: (N, 3, H, W), normalised. Returns logits (N, num_classes)."""
         features = self.stages(self.stem(x)).mean(dim=(2, 3))
+        count_batch(self._batch_norms)
         return self.fc(F.dropout(features, self.dropout, self.training))
 
     def summary(self, image_size: tuple[int, int] = (32, 32)) -> Summary:

@@ -59,7 +59,7 @@ class Item(After):
 @caught_as(SYNCHRONISATION)
 class Branch(After):
     def after(self, images, labels):
-        if self.first_bad >= 0:  # planted
+        if self.finite_count >= 0:  # planted
             self.loss_sum.zero_()
 
 
@@ -148,7 +148,7 @@ class CheckedClipping(After):
 @caught_as(SYNCHRONISATION)
 class HookInBackward(After):
     def prepare(self):
-        self.model.fc.weight.register_hook(self.look)
+        self.model.stem.bn1.weight.register_hook(self.look)
 
     def look(self, gradient):
         self.norm = float(gradient.norm())  # planted
@@ -284,24 +284,24 @@ class GrowingShape(After):
         self.seen[self.number].sum()  # planted
 
 
-@caught_as(ADDRESS)
-class NewGradients(After):
-    def after(self, images, labels):
-        for p in self.update.params:
-            p.grad = torch.zeros_like(p)  # planted
-
-
-@caught_as(ADDRESS, "loss.backward(self.part)")
-class GradientsSetToNone(After):
+@caught_as(LEAK, "loss.backward(self.part)")
+class GradientsNeverCleared(After):
     def prepare(self):
-        self.update.clear_gradients = self.forget
-
-    def forget(self):
-        for p in self.update.params:
-            p.grad = None
+        self.update.clear_gradients = lambda: None
 
     def after(self, images, labels):
         pass
+
+
+@caught_as(ADDRESS, "loss.backward(self.part)")
+class GradientsOfTheStepBefore(After):
+    def prepare(self):
+        self.before = None
+
+    def after(self, images, labels):
+        if self.before is not None:
+            torch._foreach_norm(self.before)
+        self.before = [leaf.grad for leaf in self.update.copies.values()]
 
 
 @caught_as(ADDRESS)

@@ -126,7 +126,8 @@ def test_every_recipe_can_be_captured(elsewhere, name):
     assert blocks == names.count("rsengine.squeeze_excite_backward") >= 3
     once = ("label_smoothed_cross_entropy", "scale_gradient_", "sgd_ema_step", "ema_update")
     averages = 2 if load_recipe(name).optimizer.name == "muon" else 1  # of what Muon updates, and of the buffers
-    assert [names.count(f"rsengine.{op}") for op in once] == [1, 1, 1, averages]
+    # SGD of what has bfloat16 copies, and of batch norm's parameters.
+    assert [names.count(f"rsengine.{op}") for op in once] == [1, 1, 2, averages]
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +162,7 @@ def test_a_planted_mistake_is_found_at_its_line(elsewhere, kind):
 
 
 def test_a_line_of_the_forward_pass_is_named_for_an_operation_of_the_backward_pass(elsewhere):
-    (kind,) = (kind for kind in EXPECTED if kind.__name__ == "GradientsSetToNone")
+    (kind,) = (kind for kind in EXPECTED if kind.__name__ == "GradientsOfTheStepBefore")
     forward = [finding.forward.text for finding in elsewhere(check_class, kind) if finding.forward]
     assert any("torch.ops.rsengine.squeeze_excite(" in text for text in forward)
 

@@ -50,9 +50,9 @@ def registered_updates():
     """
 
     @torch.no_grad()
-    def update(params, grads, momentum_buffers, shadow, lr, momentum, weight_decay, decay, nesterov):
+    def update(params, grads, momentum_buffers, shadow, lr, momentum, weight_decay, decay, nesterov, *, copies):
         arguments = (params, grads, momentum_buffers, shadow or [], lr, momentum, weight_decay, decay, nesterov)
-        torch.ops.rsengine.sgd_ema_step(*arguments, "eager")
+        torch.ops.rsengine.sgd_ema_step(*arguments, copies or [], "eager")
 
     @torch.no_grad()
     def average(shadow, params, decay):

@@ -27,7 +27,7 @@ def make_step(recipe: Recipe, device: Device, *, bf16: bool, graph: bool) -> Tra
     torch.manual_seed(recipe.train.seed)
     execution = execution_on(device, bf16)
     data = resident_batches(recipe, device, bf16) if recipe.train.loader == "resident" else None
-    return build_step(recipe, CLASSES, MEAN, STD, execution, STEPS_PER_EPOCH, resident=data, keep_gradients=graph)
+    return build_step(recipe, CLASSES, MEAN, STD, execution, STEPS_PER_EPOCH, resident=data)
 
 
 def execution_on(device: Device, bf16: bool) -> Execution:
