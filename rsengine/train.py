@@ -9,6 +9,8 @@ import shlex
 import sys
 from pathlib import Path
 
+import torch
+
 from rsengine.config import Recipe, describe, load_recipe, recipe_names
 from rsengine.data import Dataset, find_dataset
 from rsengine.data.errors import UserError
@@ -63,6 +65,8 @@ def _train(arguments: argparse.Namespace) -> int:
     execution = choose_execution(arguments.device, recipe.train.precision)
     if execution.device.type == "cpu" and not keep_freed_memory():
         say("memory: without glibc large blocks of memory are mapped anew in each step, which takes time")
+    if execution.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # a run has few shapes: each convolution's algorithm is found by trying
     graph, compile = not arguments.no_graph, arguments.compile
     trainer = Trainer(recipe, dataset, execution, out, graph=graph, compile=compile, say=say)
     out.mkdir(parents=True, exist_ok=True)

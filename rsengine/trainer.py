@@ -73,6 +73,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.dataset, self.execution, self.out, self.say = recipe, dataset, execution, out, say
         self.graph, self.compile = uses_graph(execution, graph), compile
+        self.recorder = CudaRecorder(execution.device) if self.graph else None
         torch.manual_seed(recipe.train.seed)
         self.batches = open_batches(recipe, dataset, execution)
         self.steps_per_epoch = self.batches.steps_per_epoch
@@ -120,7 +121,8 @@ class Trainer:
                 size = self.image_sizes[self.progress.epoch]
                 if step is None or size != self.step.image_size:
                     self.step.image_size = size
-                    step = self._choose_step(first=step is None)
+                    first, step = step is None, None  # a graph leaves its memory to the next one
+                    step = self._choose_step(first)
                 if not self._train_epoch(step, display, stop):
                     self.save()
                     return stop.signal
@@ -134,11 +136,11 @@ class Trainer:
         use the GPU, and a capture refuses that."""
         device, train = self.execution.device, self.recipe.train
         inputs = self.batches.static_inputs(device) if self.graph else ()
-        if self.graph and first:
+        if self.recorder is not None and first:
             batch = static_batch(train.eval_batch_size, self.dataset.image_size, device)
             with self.evaluation.evaluation_mode():
-                self.captured_evaluation = CapturedStep(self.evaluation, batch, CudaRecorder(device))
-        return choose_step(self.step, self.execution, inputs, graph=self.graph, compile=self.compile and first)
+                self.captured_evaluation = CapturedStep(self.evaluation, batch, self.recorder)
+        return choose_step(self.step, inputs, recorder=self.recorder, compile=self.compile and first)
 
     def _train_epoch(self, step: Callable[..., None], display: Display, stop: StopRequest) -> bool:
         """The rest of the epoch under way. False: stopped before its end."""

@@ -359,13 +359,17 @@ def graphs_on_the_cpu(monkeypatch, eager_ops):
     """A run takes the path it takes on a GPU, through the feeder and captured steps; gives what was captured."""
     captured = []
 
-    def recorder(device):
-        captured.append(ReplayRecorder())
-        return captured[-1]
+    class Recorder(ReplayRecorder):
+        def __init__(self, device):
+            super().__init__()
 
-    for module in (graph_module, trainer_module):
-        monkeypatch.setattr(module, "uses_graph", lambda execution, graph=True: graph)
-        monkeypatch.setattr(module, "CudaRecorder", recorder)
+        def record(self, program):
+            captured.append(program)
+            return super().record(program)
+
+    monkeypatch.setattr(trainer_module, "uses_graph", lambda execution, graph=True: graph)
+    monkeypatch.setattr(graph_module, "uses_graph", lambda execution, graph=True: graph)
+    monkeypatch.setattr(trainer_module, "CudaRecorder", Recorder)
     monkeypatch.setattr(batches_module, "feeder_for", lambda device, size, shape: Feeder(ImmediateLanes(size, shape)))
     return captured
 

@@ -40,6 +40,8 @@ STAGES = {
     "counters": COUNTERS,
 }
 
+COUNTING = ("aten.add_.Tensor", "aten._foreach_add_.Scalar")  # of batches, in torch.nn's layers and in ours
+
 INTRODUCTION = """\
 # Operations a step hands to the device
 
@@ -196,4 +198,4 @@ def part_of(operation: Operation) -> str:
         return CASTS
     if "convolution" in name or "mm" in name:
         return PRODUCTS
-    return NORM if "batch_norm" in name or name == "aten.add_.Tensor" else OTHER
+    return NORM if "batch_norm" in name or name in COUNTING else OTHER

@@ -10,6 +10,7 @@ Sources: the CUDA-graph notes of PyTorch (docs/notes/cuda.rst: warm-up on a side
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -47,7 +48,9 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Captures on one GPU, into a private memory pool.
+    """Captures on one GPU. All its graphs share one memory pool, so that it grows to the largest of them only.
+
+    They may, because a step keeps nothing in the pool from one replay to the next, and no two replays run at once.
 
     Generators: torch registers the default CUDA generator with every graph; each replay advances it, so that dropout
     and stochastic depth differ each time, and ``torch.cuda.get_rng_state`` is what a checkpoint must hold.
@@ -57,6 +60,8 @@ class CudaRecorder:
         self.device = device
         self.rng_devices = [torch.cuda.current_device() if device.index is None else device.index]
         self.stream = torch.cuda.Stream(device)
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._pool: object = None
 
     @contextlib.contextmanager
     def side_stream(self) -> Iterator[None]:
@@ -68,9 +73,13 @@ class CudaRecorder:
 
     def record(self, program: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        # The stream of the warm-up: autograd runs a parameter's accumulation where its first use was.
-        with torch.cuda.graph(graph, stream=self.stream):
+        if not self._graphs:  # a pool ends with its last graph
+            self._pool = torch.cuda.graph_pool_handle()
+        # The stream of the warm-up: autograd runs a parameter's accumulation where its first use was. What other
+        # threads do on the device is no part of the step, and is allowed.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
             program()
+        self._graphs.add(graph)
         return graph.replay
 
 
@@ -162,24 +171,17 @@ def compile_forward(model: nn.Module) -> None:
 
 
 def choose_step(
-    step: Step,
-    execution: Execution,
-    inputs: Sequence[Tensor] = (),
-    *,
-    graph: bool = True,
-    compile: bool = False,
+    step: Step, inputs: Sequence[Tensor] = (), *, recorder: Recorder | None = None, compile: bool = False
 ) -> Callable[..., None]:
-    """``step`` captured where that is wanted and possible, else ``step`` itself.
+    """``step`` captured where there is a recorder, else ``step`` itself.
 
     Args:
         step: with ``compile``, one that has a ``model``.
-        inputs: as :class:`CapturedStep` takes them; used on CUDA only.
+        inputs: as :class:`CapturedStep` takes them; used with a recorder only.
     """
     if compile:
         compile_forward(step.model)
-    if not uses_graph(execution, graph):
-        return step
-    return CapturedStep(step, inputs, CudaRecorder(execution.device))
+    return step if recorder is None else CapturedStep(step, inputs, recorder)
 
 
 def static_batch(batch_size: int, image_size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:

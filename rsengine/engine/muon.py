@@ -42,11 +42,18 @@ class Muon:
     ) -> None:
         self.params, self.buffers = list(params), list(buffers)
         self.momentum, self.nesterov, self.dtype = momentum, nesterov, dtype
-        # He initialisation by fan-out: variance 2 / (out * height * width), so a length of sqrt(2 * in).
-        self._lengths = [(2 * p.shape[1]) ** 0.5 for p in self.params]
-        self._groups: dict[tuple[int, int], list[int]] = {}  # weights of one shape are orthogonalised together
+        groups: dict[tuple[int, int], list[int]] = {}  # weights of one shape are orthogonalised together
         for i, p in enumerate(self.params):
-            self._groups.setdefault(tuple(sorted(matrix(p).shape)), []).append(i)
+            groups.setdefault(tuple(sorted(matrix(p).shape)), []).append(i)
+        self._groups = list(groups.values())
+        # He initialisation by fan-out: variance 2 / (out * height * width), so a length of sqrt(2 * in).
+        lengths = [(2 * p.shape[1]) ** 0.5 for p in self.params]
+        device = self.params[0].device if self.params else None
+        self._lengths = torch.tensor(lengths, dtype=torch.float32, device=device)
+        self._group_lengths = [
+            torch.tensor([lengths[i] for i in members], dtype=torch.float32, device=device)[:, None, None]
+            for members in self._groups
+        ]
 
     @torch.no_grad()
     def __call__(self, grads: Sequence[Tensor], lr: Tensor) -> None:
@@ -58,15 +65,16 @@ class Muon:
             directions = torch._foreach_mul(self.buffers, self.momentum)
             torch._foreach_add_(directions, list(grads))
         updates: list[Tensor] = [torch.empty(0)] * len(self.params)
-        for members in self._groups.values():
-            matrices = [matrix(directions[i]).to(self.dtype) for i in members]
+        for members, lengths in zip(self._groups, self._group_lengths, strict=True):
+            matrices = [matrix(directions[i]) for i in members]
             matrices = [m if m.shape[0] <= m.shape[1] else m.T for m in matrices]
-            for i, update in zip(members, orthogonalised(torch.stack(matrices)).float(), strict=True):
-                update = update * (lr * self._lengths[i] / torch.linalg.vector_norm(update).clamp(min=1e-12))
+            stacked = orthogonalised(torch.stack(matrices).to(self.dtype)).float()
+            norms = torch.linalg.vector_norm(stacked, dim=(1, 2), keepdim=True).clamp(min=1e-12)
+            for i, update in zip(members, stacked * (lr * lengths / norms), strict=True):
                 updates[i] = _like(update, self.params[i])
         torch._foreach_sub_(self.params, updates)
-        for p, length in zip(self.params, self._lengths, strict=True):
-            p.mul_(length / torch.linalg.vector_norm(p).clamp(min=1e-12))
+        norms = torch.stack(torch._foreach_norm(self.params)).clamp(min=1e-12)
+        torch._foreach_mul_(self.params, (self._lengths / norms).unbind())
 
 
 def matrix(weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import itertools
 import gc
 import random
 import weakref
@@ -357,9 +358,10 @@ def test_a_checkpoint_restored_in_place_goes_on_bit_for_bit_through_a_captured_s
 # --- the choice, and the CUDA calls ---------------------------------------------------------------------------------
 
 
-def test_off_cuda_the_plain_step_comes_back():
+def test_a_step_is_captured_where_there_is_a_recorder():
     step = make()
-    assert choose_step(step, FP32) is step and choose_step(step, FP32, graph=False) is step
+    assert choose_step(step) is step
+    assert isinstance(choose_step(step, static_batch(*SIZE, CPU), recorder=ReplayRecorder()), CapturedStep)
 
 
 def test_how_steps_run_is_said_in_words():
@@ -398,10 +400,12 @@ def test_the_cuda_recorder_warms_up_and_captures_on_one_side_stream(monkeypatch)
 
     def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
         """With the signature of torch 2.11, the oldest that setup.py admits."""
-        return entered(f"capture on {stream.name}")
+        return entered(f"capture on {stream.name} into {pool}, {capture_error_mode}")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    pools = iter(("pool 1", "pool 2"))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
     recorder = CudaRecorder(torch.device("cuda"))
     assert recorder.rng_devices == [0] and CudaRecorder(torch.device("cuda:1")).rng_devices == [1]
     with recorder.side_stream():
@@ -409,5 +413,37 @@ def test_the_cuda_recorder_warms_up_and_captures_on_one_side_stream(monkeypatch)
     recorder.record(lambda: log.append("program"))()
     assert log == [
         *("side waits for current", "enter side", "warm-up", "leave side", "current waits for side"),
-        *("enter capture on side", "program", "leave capture on side", "replay"),
+        *("enter capture on side into pool 1, thread_local", "program"),
+        *("leave capture on side into pool 1, thread_local", "replay"),
     ]
+
+
+def test_graphs_share_a_pool_as_long_as_one_of_them_lives(monkeypatch):
+    """PyTorch frees a pool with its last graph, and its handle then names nothing that a capture could use."""
+    used = []
+
+    class Graph:
+        def replay(self):
+            pass
+
+    @contextlib.contextmanager
+    def graph(cuda_graph, pool, **options):
+        used.append(pool)
+        yield
+
+    pools = itertools.count()
+    for name, value in (
+        ("Stream", lambda device: None),
+        ("CUDAGraph", Graph),
+        ("graph", graph),
+        ("graph_pool_handle", lambda: next(pools)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    recorder = CudaRecorder(torch.device("cuda:0"))
+    first = recorder.record(lambda: None)
+    second = recorder.record(lambda: None)
+    del first
+    third = recorder.record(lambda: None)
+    del second, third
+    recorder.record(lambda: None)
+    assert used == [0, 0, 0, 1]

@@ -167,7 +167,9 @@ def nearly_equal(a, b):
     return torch.allclose(a.double(), b.double(), rtol=0.02, atol=0.01)
 
 
-@pytest.mark.parametrize(("execution", "settings"), [(FP32, []), (BF16, ["train.micro_batches=2"])], ids=["fp32", "k=2"])
+@pytest.mark.parametrize(
+    ("execution", "settings"), [(FP32, []), (BF16, ["train.micro_batches=2"])], ids=["fp32", "k=2"]
+)
 def test_copies_are_refused_where_they_cannot_be(execution, settings):
     with pytest.raises(ValueError, match="weight_copies: expected autocast and train.micro_batches = 1; got"):
         build(random_small(), *settings, execution=execution, weight_copies=True)
@@ -219,7 +221,13 @@ def test_the_state_is_every_lasting_tensor_that_a_step_changes():
         if not torch.equal(t.flatten().view(torch.uint8), value.flatten().view(torch.uint8))  # NaN equals NaN
     }
     assert changed <= known
-    seen = [step.model.fc.weight, step.update.shadow[0], step.update.momentum_buffers[0], step.loss_sum, step.finite_count]
+    seen = [
+        step.model.fc.weight,
+        step.update.shadow[0],
+        step.update.momentum_buffers[0],
+        step.loss_sum,
+        step.finite_count,
+    ]
     assert {t.data_ptr() for t in seen} <= changed  # the search does find what changes
 
 
