@@ -20,6 +20,7 @@ from rsengine.augment.fills import FILLS
 from rsengine.augment.policies import CROP_MODES, INTERPOLATIONS, POLICIES, policy_of
 from rsengine.data.errors import UserError
 from rsengine.model import DEPTHS, DROP_PATH_RULES
+from rsengine.model.layers import PRODUCTS
 from rsengine.schedule import SCHEDULES
 
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -201,6 +202,9 @@ class TrainSection:
     label_smoothing: float = _number(0.1, 0.0, 1.0, help="label smoothing")
     seed: int = _number(0, 0, 2**31 - 1, integer=True, help="seed of weights, order, augmentation and dropout")
     loader: str = _choice("ffcv", LOADERS, help="batches from FFCV, or gathered from the whole set on the device")
+    convolutions: str = _choice(
+        "auto", tuple(PRODUCTS), help="1x1 ones, and 3x3 ones of small maps, as matrix products; auto: on the CPU"
+    )
     precision: str = _choice("auto", PRECISIONS, help="bf16 autocast or fp32; auto: bf16 where it is native")
     log_interval: int = _number(50, 1, integer=True, help="steps between interval records")
     checkpoint_minutes: float = _number(10.0, 0.0, help="minutes between checkpoints inside an epoch; 0: epochs only")

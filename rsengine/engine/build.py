@@ -12,6 +12,7 @@ from rsengine.device import Execution
 from rsengine.engine.evaluation import EvaluationStep
 from rsengine.engine.step import TrainStep
 from rsengine.model import ResNetRS, resnet_rs
+from rsengine.model.layers import use_products
 from rsengine.model.preprocess import Preprocess
 
 
@@ -42,6 +43,7 @@ def build_step(
         kind: what makes the step.
     """
     model = build_model(recipe, num_classes) if model is None else model
+    use_products(model, recipe.train.convolutions)
     preprocess = Preprocess(mean, std, execution.device)
     copies = execution.device.type != "cpu" and execution.autocast_dtype is not None and recipe.train.micro_batches == 1
     return kind(model, recipe, preprocess, execution, steps_per_epoch, resident=resident, weight_copies=copies)

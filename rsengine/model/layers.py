@@ -2,7 +2,8 @@
 
 Measured on two Zen 4 cores in bfloat16 at batch 128 (``docs/performance.md``): the library's 1x1 convolutions and the
 weight gradients of its 3x3 convolutions on small maps run at a tenth to a half of the rate of its matrix product, which
-does the same sums. Elsewhere than on the CPU every layer is that of ``torch.nn``.
+does the same sums. Elsewhere than on the CPU every layer is that of ``torch.nn``, unless :func:`use_products` says
+otherwise.
 """
 
 from __future__ import annotations
@@ -19,16 +20,31 @@ from rsengine.kernels import batch_norm
 # Output pixels up to which the weight gradient of a 3x3 convolution is one matrix product over copied patches. Above,
 # copying the patches, nine times the map, costs more than it saves; with a stride there are fewer patches to copy.
 PATCH_PIXELS = {1: 16, 2: 64}
+# What train.convolutions may be, and whether a layer is a product then; None: on the CPU.
+PRODUCTS = {"auto": None, "products": True, "library": False}
+
+
+def use_products(model: nn.Module, choice: str) -> None:
+    """Say where 1x1 convolutions, and 3x3 ones of maps of up to 2x2 pixels, run as matrix products.
+
+    Args:
+        choice: ``"products"``: everywhere; ``"library"``: nowhere; ``"auto"``: on the CPU.
+    """
+    for module in model.modules():
+        if isinstance(module, PointwiseConv | Conv3x3):
+            module.as_product = PRODUCTS[choice]
 
 
 class PointwiseConv(nn.Conv2d):
     """A 1x1 convolution: on the CPU a matrix product over pixels."""
 
+    as_product: bool | None = None  # None: on the CPU
+
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
+        if not _is_product(self.as_product, x):
             return super().forward(x)
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
 
@@ -37,18 +53,21 @@ class Conv3x3(nn.Conv2d):
     """A 3x3 convolution with padding 1. On the CPU maps of up to 2x2 pixels, whose padding is most of what the kernel
     sees, are one matrix product of whole maps; the weight gradient of other small maps is one too."""
 
+    as_product: bool | None = None  # None: on the CPU
+
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
+        if not _is_product(self.as_product, x):
             return super().forward(x)
-        stride = self.stride[0]
+        stride, device = self.stride[0], x.device.type
         height, width = x.shape[2:]
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         if height <= 2 and width <= 2:
             return _WholeMap.apply(x.to(dtype), self.weight, stride)
-        if _outputs(height, stride) * _outputs(width, stride) <= PATCH_PIXELS[stride]:
+        if device == "cpu" and _outputs(height, stride) * _outputs(width, stride) <= PATCH_PIXELS[stride]:
             return _PatchGradient.apply(x.to(dtype), self.weight, stride)
         return super().forward(x)
 
@@ -142,6 +161,10 @@ class _PatchGradient(torch.autograd.Function):
             product = dy.permute(0, 2, 3, 1).reshape(-1, out).T @ _patches(x, stride)
             dweight = product.view(out, 3, 3, -1).permute(0, 3, 1, 2).to(ctx.weight_dtype)
         return dx, dweight, None
+
+
+def _is_product(choice: bool | None, x: Tensor) -> bool:
+    return x.device.type == "cpu" if choice is None else choice
 
 
 def _outputs(pixels: int, stride: int) -> int:

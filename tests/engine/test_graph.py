@@ -3,8 +3,8 @@
 import contextlib
 import copy
 import functools
-import itertools
 import gc
+import itertools
 import random
 import weakref
 

@@ -167,9 +167,7 @@ def nearly_equal(a, b):
     return torch.allclose(a.double(), b.double(), rtol=0.02, atol=0.01)
 
 
-@pytest.mark.parametrize(
-    ("execution", "settings"), [(FP32, []), (BF16, ["train.micro_batches=2"])], ids=["fp32", "k=2"]
-)
+@pytest.mark.parametrize(("execution", "settings"), [(FP32, []), (BF16, ["train.micro_batches=2"])], ids=str)
 def test_copies_are_refused_where_they_cannot_be(execution, settings):
     with pytest.raises(ValueError, match="weight_copies: expected autocast and train.micro_batches = 1; got"):
         build(random_small(), *settings, execution=execution, weight_copies=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rsengine.model.layers import BatchNorm, Conv3x3, PointwiseConv
+from rsengine.model.layers import BatchNorm, Conv3x3, PointwiseConv, use_products
 
 SIZES = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2), (4, 4), (5, 3), (7, 7), (8, 8), (9, 16), (17, 17)]
 
@@ -56,6 +56,20 @@ def test_a_3x3_convolution_is_torchs(size, stride, memory_format):
 @pytest.mark.parametrize("size", [(1, 1), (4, 6)], ids=str)
 def test_a_1x1_convolution_is_torchs(size):
     assert_equal(PointwiseConv(5, 7).double(), images(3, 5, size, torch.float64), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("choice", "kinds"), [
+    ("auto", {"cpu": "_WholeMapBackward PermuteBackward0", "meta": "ConvolutionBackward0"}),
+    ("products", {"cpu": "_WholeMapBackward PermuteBackward0", "meta": "_WholeMapBackward PermuteBackward0"}),
+    ("library", {"cpu": "ConvolutionBackward0", "meta": "ConvolutionBackward0"}),
+])  # fmt: skip
+def test_where_convolutions_are_products_is_a_choice(choice, kinds):
+    for device, expected in kinds.items():
+        layers = nn.Sequential(Conv3x3(4, 4), PointwiseConv(4, 4)).to(device)
+        use_products(layers, choice)
+        x = torch.ones(2, 4, 2, 2, device=device)
+        found = {layer(x).grad_fn.name() for layer in layers}
+        assert found == set(expected.split())
 
 
 @pytest.mark.parametrize("stride", [1, 2])

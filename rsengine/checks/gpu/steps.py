@@ -65,6 +65,7 @@ class Way:
 
     Attributes:
         benchmark: with ``torch.backends.cudnn.benchmark``, which picks each convolution's algorithm by trying them.
+        products: with ``train.convolutions = "products"``.
     """
 
     name: str
@@ -72,10 +73,12 @@ class Way:
     compile: bool = False
     resident: bool = False
     benchmark: bool = False
+    products: bool = False
 
     def prepare(self, recipe: Recipe, device: Device) -> Callable[[], None]:
         """A callable that does one step on a batch that is on the device already; it has run three times."""
-        recipe = recipe.with_settings([f"train.loader={'resident' if self.resident else 'ffcv'}"])
+        loader, convolutions = "resident" if self.resident else "ffcv", "products" if self.products else "auto"
+        recipe = recipe.with_settings([f"train.loader={loader}", f"train.convolutions={convolutions}"])
         step = make_step(recipe, device, bf16=True, graph=self.graph)
         if self.compile:
             compile_forward(step.model)

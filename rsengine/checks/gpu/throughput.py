@@ -16,6 +16,7 @@ WAYS = (
     Way("plain, cudnn.benchmark", benchmark=True),
     CAPTURED,
     Way("captured, cudnn.benchmark", graph=True, benchmark=True),
+    Way("captured, products", graph=True, benchmark=True, products=True),
     Way("captured, resident", graph=True, resident=True),
 )
 COMPILED = (CAPTURED, Way("compiled", compile=True), Way("captured, compiled", graph=True, compile=True))
