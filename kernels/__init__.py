@@ -5,7 +5,8 @@ Imported as ``rsengine.kernels``. Knows torch only; importing it costs nothing e
 
 from .augment import augment_batch
 from .augment_tables import PolicyTables
-from .batch_normalization import batch_norm, batch_norm_squeeze_excite_residual
+from .batch_normalization import batch_norm
+from .block_epilogue import batch_norm_squeeze_excite_residual
 from .cross_entropy import label_smoothed_cross_entropy
 from .dispatch import explain
 from .ema import ema_update, sgd_ema_step

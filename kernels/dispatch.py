@@ -13,10 +13,10 @@ from torch import Tensor
 
 OPS = ("augment_batch", "squeeze_excite", "squeeze_excite_residual", "label_smoothed_cross_entropy")
 OPS += ("ema_update", "sgd_ema_step")
-NATIVE_OPS = ("batch_norm", "batch_norm_squeeze_excite_residual")  # in C for the CPU, PyTorch's operators elsewhere
-NATIVE_IMPLEMENTATIONS = ("auto", "native", "eager")
+NATIVE_OPS = ("batch_norm", "batch_norm_squeeze_excite_residual")  # in C for the CPU beside Triton for the GPU
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 IMPLEMENTATIONS = ("auto", "triton", "eager")
+NATIVE_IMPLEMENTATIONS = ("auto", "native", "triton", "eager")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # uint8: pixels
 OLDEST_CAPABILITY = (8, 0)  # Ampere: the oldest GPU the kernels are compiled for in the tests
 
@@ -83,7 +83,7 @@ def explain(op: str, device: torch.device | str | None = None) -> str:
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if _eager_blocks:
         return f"{op}: eager on {place}, because {INSIDE_EAGER_ONLY}"
-    if op in NATIVE_OPS:
+    if op in NATIVE_OPS and place.type == "cpu":
         native, reason = _native_on(place.type)
         if native:
             reason += "; parameters and running statistics that are not contiguous float32 take eager"
@@ -116,7 +116,9 @@ def choose(op: str, impl: str, tensor: Tensor) -> str:
 
 
 def choose_native(op: str, impl: str, maps: dict[str, Tensor], vectors: dict[str, Tensor]) -> str:
-    """``"native"`` or ``"eager"`` for an ``op`` of :data:`NATIVE_OPS`.
+    """``"native"``, ``"triton"`` or ``"eager"`` for an ``op`` of :data:`NATIVE_OPS`.
+
+    Under :func:`torch.compile`, ``"auto"`` is eager: Inductor fuses these operations with what surrounds them.
 
     Args:
         maps: the inputs with pixels, by name: the main one first, the others in its dtype.
@@ -124,31 +126,42 @@ def choose_native(op: str, impl: str, maps: dict[str, Tensor], vectors: dict[str
 
     Raises:
         ValueError: ``impl`` is not one of :data:`NATIVE_IMPLEMENTATIONS`.
-        RuntimeError: ``impl="native"`` where it cannot run; the message says why.
+        RuntimeError: ``impl`` names an implementation that cannot run; the message says why.
     """
     if impl not in NATIVE_IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {', '.join(NATIVE_IMPLEMENTATIONS)}; got {impl!r}")
     if impl == "eager":
         return "eager"
-    possible, reason = False, "torch.compile sees only PyTorch's operators"
-    if not torch.compiler.is_compiling():
-        possible, reason = False, INSIDE_EAGER_ONLY if _eager_blocks else _unfit_for_native(maps, vectors)
-        if not reason:
-            possible, reason = _native_on(next(iter(maps.values())).device.type)
-    if impl == "native" and not possible:
-        raise RuntimeError(f"impl: 'native' cannot run {op} here, because {reason}; use 'auto' or 'eager'")
-    return "native" if possible else "eager"
-
-
-def _unfit_for_native(maps: dict[str, Tensor], vectors: dict[str, Tensor]) -> str:
-    """Why C cannot have these tensors, or nothing. It gets addresses: a tensor of another kind would be misread."""
     main = next(iter(maps.values()))
-    if main.dtype not in NATIVE_DTYPES:
-        return f"the passes are written for float32 and bfloat16, and the input is {main.dtype}"
+    wanted = impl if impl != "auto" else "native" if main.device.type == "cpu" else "triton"
+    automatic = possible = False
+    reason = "torch.compile sees only PyTorch's operators"
+    if not torch.compiler.is_compiling():
+        dtypes = NATIVE_DTYPES if wanted == "native" else TRITON_DTYPES
+        reason = INSIDE_EAGER_ONLY if _eager_blocks else _unfit(maps, vectors, dtypes, wanted)
+        if not reason and wanted == "native":
+            automatic, reason = _native_on(main.device.type)
+            possible = automatic
+        elif not reason:
+            automatic, possible, reason = _triton_on(main.device.type, main.device.index)
+    if impl == "auto":
+        return wanted if automatic else "eager"
+    if not possible:
+        raise RuntimeError(f"impl: {impl!r} cannot run {op} here, because {reason}; use 'auto' or 'eager'")
+    return wanted
+
+
+def _unfit(maps: dict[str, Tensor], vectors: dict[str, Tensor], dtypes: tuple[torch.dtype, ...], wanted: str) -> str:
+    """Why code that is given addresses cannot have these tensors, or nothing: one of another kind would be misread."""
+    main = next(iter(maps.values()))
+    if main.dtype not in dtypes or not main.is_floating_point():
+        names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes if dtype.is_floating_point)
+        return f"it is written for {names}, and the input is {main.dtype}"
     if not main.numel():
         return "the input is empty"
     for name, tensor in (maps | vectors).items():
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
+        # A tracer's fake tensors reach Triton's operator, whose fake implementation answers.
+        if wanted == "native" and type(tensor) not in (Tensor, torch.nn.Parameter):
             return f"{name} is a {type(tensor).__name__}, which has no memory to pass over"
         if tensor.device != main.device:
             return f"{name} is on {tensor.device} and the input on {main.device}"
@@ -158,7 +171,7 @@ def _unfit_for_native(maps: dict[str, Tensor], vectors: dict[str, Tensor]) -> st
     for name, tensor in vectors.items():
         if tensor.dtype != torch.float32 or not tensor.is_contiguous():
             kind = "" if tensor.is_contiguous() else "non-contiguous "
-            return f"the passes take contiguous float32 vectors, and {name} is {kind}{tensor.dtype}"
+            return f"it takes contiguous float32 vectors, and {name} is {kind}{tensor.dtype}"
     return ""
 
 

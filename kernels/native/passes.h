@@ -140,7 +140,7 @@ void NAME(affine_gradient)(const T *restrict dy, const T *restrict x, int64_t ro
 }
 
 /* y = relu(shortcut + x * scale + shift), scale and shift (images, channels). */
-void NAME(tail)(const T *restrict x, const T *restrict shortcut, int64_t images, int64_t pixels, int64_t channels,
+void NAME(epilogue)(const T *restrict x, const T *restrict shortcut, int64_t images, int64_t pixels, int64_t channels,
                 const float *restrict scale, const float *restrict shift, T *restrict y, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t r = 0; r < images * pixels; r++) {
@@ -155,7 +155,7 @@ void NAME(tail)(const T *restrict x, const T *restrict shortcut, int64_t images,
 }
 
 /* Of g = dy where y is positive: for each image the sums over its pixels of g and of g * (x - mean). */
-void NAME(tail_sums)(const T *restrict dy, const T *restrict y, const T *restrict x, int64_t images, int64_t pixels,
+void NAME(epilogue_sums)(const T *restrict dy, const T *restrict y, const T *restrict x, int64_t images, int64_t pixels,
                      int64_t channels, const float *restrict mean, float *restrict sum, float *restrict product,
                      int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -176,7 +176,7 @@ void NAME(tail_sums)(const T *restrict dy, const T *restrict y, const T *restric
 }
 
 /* dshortcut = g, and dx = a * g + b + slope * (x - mean), a and b (images, channels). */
-void NAME(tail_gradient)(const T *restrict dy, const T *restrict y, const T *restrict x, int64_t images, int64_t pixels,
+void NAME(epilogue_gradient)(const T *restrict dy, const T *restrict y, const T *restrict x, int64_t images, int64_t pixels,
                          int64_t channels, const float *restrict mean, const float *restrict scale,
                          const float *restrict constant, const float *restrict slope, T *restrict dx,
                          T *restrict dshortcut, int64_t threads) {

@@ -27,7 +27,7 @@ def maps(shape, dtype, **numbers):
     return random(*shape, **numbers).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def inputs(shape, dtype, tail):
+def inputs(shape, dtype, epilogue):
     channels = shape[1]
     hidden = max(1, channels // 4)
     tensors = {
@@ -35,7 +35,7 @@ def inputs(shape, dtype, tail):
         "weight": random(channels, seed=2).float(),
         "bias": random(channels, seed=3).float(),
     }
-    if tail:
+    if epilogue:
         tensors |= {
             "w1": random(hidden, channels, seed=4).float(),
             "b1": random(hidden, seed=5).float(),
@@ -60,8 +60,8 @@ def run(function, tensors, dy, exact, **options):
     return found | {"d" + n: leaves[n].grad for n in names}
 
 
-def compare(function, truth, shape, dtype, tail, **options):
-    tensors, dy = inputs(shape, dtype, tail), maps(shape, dtype, seed=9)
+def compare(function, truth, shape, dtype, epilogue, **options):
+    tensors, dy = inputs(shape, dtype, epilogue), maps(shape, dtype, seed=9)
     expected = run(truth, tensors, dy, True, **options)
     eager = run(function, tensors, dy, False, impl="eager", **options)
     native = run(function, tensors, dy, False, impl="native", **options)
@@ -81,7 +81,7 @@ def test_batch_norm(shape, dtype, relu):
 @pytest.mark.parametrize("depth", [False, True], ids=["", "stochastic depth"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_tail(shape, dtype, depth):
+def test_block_epilogue(shape, dtype, depth):
     keep = torch.tensor([0.0, 1.25])[torch.arange(shape[0]) % 2] if depth else None
     compare(
         batch_norm_squeeze_excite_residual,
@@ -95,12 +95,12 @@ def test_tail(shape, dtype, depth):
     )
 
 
-@pytest.mark.parametrize("tail", [False, True], ids=["batch norm", "tail"])
-def test_a_large_mean_costs_no_more_precision_than_eager(tail):
+@pytest.mark.parametrize("epilogue", [False, True], ids=["batch norm", "block epilogue"])
+def test_a_large_mean_costs_no_more_precision_than_eager(epilogue):
     """Squares of a mean of 100 would leave a variance of 1 three digits in float32."""
-    tensors, dy = inputs((8, 16, 8, 8), torch.float32, tail), maps((8, 16, 8, 8), torch.float32, seed=9)
+    tensors, dy = inputs((8, 16, 8, 8), torch.float32, epilogue), maps((8, 16, 8, 8), torch.float32, seed=9)
     tensors["x"] = tensors["x"] + 100
-    function = batch_norm_squeeze_excite_residual if tail else batch_norm
+    function = batch_norm_squeeze_excite_residual if epilogue else batch_norm
     truth = run(getattr(reference, function.__name__), tensors, dy, True)
     eager, native = (run(function, tensors, dy, False, impl=impl) for impl in ("eager", "native"))
     for name, value in native.items():
@@ -125,9 +125,9 @@ def test_outputs_are_written_whole(monkeypatch):
     """Whatever lies in the memory an output gets: every allocation is filled with NaN first."""
     real = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: real(*a, **k).fill_(float("nan")))
-    for tail in (False, True):
-        function = batch_norm_squeeze_excite_residual if tail else batch_norm
-        found = run(function, inputs((3, 9, 5, 7), torch.bfloat16, tail), maps((3, 9, 5, 7), torch.bfloat16), False)
+    for epilogue in (False, True):
+        function = batch_norm_squeeze_excite_residual if epilogue else batch_norm
+        found = run(function, inputs((3, 9, 5, 7), torch.bfloat16, epilogue), maps((3, 9, 5, 7), torch.bfloat16), False)
         assert all(value.isfinite().all() for value in found.values())
 
 
@@ -181,8 +181,8 @@ def test_where_native_cannot_run_it_says_why_and_auto_is_eager():
         if x.device.type == "cpu" and x.numel():
             expected = F.batch_norm(x, None, None, ones.double(), zeros.double(), True)
             torch.testing.assert_close(normalise(x, "auto"), expected)
-    with pytest.raises(ValueError, match="impl: expected one of auto, native, eager; got 'triton'"):
-        normalise(torch.randn(2, 4, 3, 3), "triton")
+    with pytest.raises(ValueError, match="impl: expected one of auto, native, triton, eager; got 'cuda'"):
+        normalise(torch.randn(2, 4, 3, 3), "cuda")
 
 
 MODEL = """
