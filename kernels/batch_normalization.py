@@ -2,6 +2,9 @@
 
 On the CPU it is a few passes over memory in C (``native``): what PyTorch does in many operators, each of which reads
 and writes whole maps. Maps read or written: forward 3 (x twice, y), backward 5 (dy and x twice, dx); PyTorch's 5 and 8.
+
+On the GPU it is Triton: the same passes in two kernels each way, or, where all rows of a few channels fit on chip, one
+kernel that reads x, and backward x and dy, once.
 """
 
 from __future__ import annotations
@@ -33,23 +36,26 @@ def batch_norm(
     ``y = (x - mean) / sqrt(variance + eps) * weight + bias``, sums over images and pixels.
 
     Args:
-        x: (N, C, H, W) floating point; native copies what is not channels_last.
-        weight, bias: (C,) floating point; native takes contiguous float32.
+        x: (N, C, H, W) floating point; native and Triton copy what is not channels_last.
+        weight, bias: (C,) floating point; native and Triton take contiguous float32.
         running_mean, running_var: (C,) as the weights, moved in place by ``momentum`` towards the mean and the unbiased
             variance of the batch.
-        impl: ``"auto"``, ``"native"`` or ``"eager"``; :func:`rsengine.kernels.explain` says what ``"auto"`` chooses.
+        impl: ``"auto"``, ``"native"``, ``"triton"`` or ``"eager"``; :func:`rsengine.kernels.explain` says what
+            ``"auto"`` chooses.
 
     Returns:
-        (N, C, H, W) in the dtype of ``x``.
+        (N, C, H, W) in the dtype of ``x``; native and Triton in channels_last.
 
     Raises:
         ValueError: a shape or ``impl`` does not fit, or a channel has a single value.
-        RuntimeError: ``impl="native"`` where it cannot run.
+        RuntimeError: ``impl="native"`` or ``"triton"`` where it cannot run.
     """
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     check_batch_norm(x, vectors)
-    if choose_native("batch_norm", impl, {"x": x}, vectors) == "native":
-        return _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps, relu)
+    chosen = choose_native("batch_norm", impl, {"x": x}, vectors)
+    if chosen != "eager":
+        function = _NativeBatchNorm if chosen == "native" else _TritonBatchNorm
+        return function.apply(x, weight, bias, running_mean, running_var, momentum, eps, relu)
     # As vectors, the gradient of a map of one pixel is fourteen times faster on the CPU.
     vectors = x.device.type == "cpu" and x.shape[2:] == (1, 1)
     y = F.batch_norm(x.flatten(1) if vectors else x, running_mean, running_var, weight, bias, True, momentum, eps)
@@ -57,7 +63,7 @@ def batch_norm(
     return F.relu(y) if relu else y
 
 
-class _BatchNorm(torch.autograd.Function):
+class _NativeBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps, relu):
         x = x.contiguous(memory_format=torch.channels_last)
@@ -85,6 +91,65 @@ class _BatchNorm(torch.autograd.Function):
         dx = torch.empty_like(x)
         run_pass("affine_gradient", dy, x, rows, channels, scale, shift, mean, constant, slope, ctx.relu, dx, threads)
         return dx, product * deviation, total, None, None, None, None, None
+
+
+class _TritonBatchNorm(torch.autograd.Function):
+    """The operators below: PyTorch takes no gradient formula for one that changes its arguments."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps, relu):
+        x = x.contiguous(memory_format=torch.channels_last)
+        y, mean, deviation = torch.ops.rsengine.batch_norm(
+            x, weight, bias, running_mean, running_var, momentum, eps, relu
+        )
+        ctx.save_for_backward(x, weight, bias, mean, deviation)
+        ctx.relu = relu
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        dx, dweight, dbias = torch.ops.rsengine.batch_norm_backward(dy, *ctx.saved_tensors, ctx.relu)
+        return dx, dweight, dbias, None, None, None, None, None
+
+
+@torch.library.custom_op("rsengine::batch_norm", mutates_args={"running_mean", "running_var"})
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The Triton kernels: y, and for the backward pass the mean and the inverse deviation of each channel."""
+    from .jit import batch_norm
+
+    return batch_norm.forward(x, weight, bias, running_mean, running_var, momentum, eps, relu)
+
+
+@_forward.register_fake
+def _(x, weight, bias, running_mean, running_var, momentum, eps, relu):
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    return y, torch.empty_like(weight), torch.empty_like(weight)
+
+
+@torch.library.custom_op("rsengine::batch_norm_backward", mutates_args=())
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, deviation: Tensor, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    from .jit import batch_norm
+
+    return batch_norm.backward(dy, x, weight, bias, mean, deviation, relu)
+
+
+@_backward.register_fake
+def _(dy, x, weight, bias, mean, deviation, relu):
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    return dx, torch.empty_like(weight), torch.empty_like(weight)
 
 
 def statistics(
