@@ -98,7 +98,6 @@ class _TritonBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps, relu):
-        x = x.contiguous(memory_format=torch.channels_last)
         y, mean, deviation = torch.ops.rsengine.batch_norm(
             x, weight, bias, running_mean, running_var, momentum, eps, relu
         )
