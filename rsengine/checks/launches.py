@@ -18,6 +18,7 @@ from rsengine.checks.capture import check_step, trace_step, tracing
 from rsengine.checks.trace import Operation
 from rsengine.config import Recipe, load_recipe
 from rsengine.engine.step import TrainStep
+from rsengine.kernels.dispatch import eager_only
 from rsengine.model import Bottleneck
 from rsengine.model.layers import BatchNorm
 
@@ -170,7 +171,8 @@ def count_launches(recipe: Recipe) -> tuple[Counter[str], Counter[str]]:
         engine = check_step(step, inputs)
         if engine.findings:
             raise ValueError(f"recipe {recipe.name}: {engine}")
-        plain = check_step(PlainStep(step, recipe), inputs)  # no graph is made of it: its findings do not matter
+        with eager_only():  # the stem's batch norm too
+            plain = check_step(PlainStep(step, recipe), inputs)  # no graph is made of it: its findings do not matter
     return _by_part(plain.operations), _by_part(engine.operations)
 
 

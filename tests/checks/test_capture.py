@@ -124,6 +124,8 @@ def test_every_recipe_can_be_captured(elsewhere, name):
     # The fused operators appear as what they are on a GPU, not as the parts of the CPU path.
     blocks = names.count("rsengine.squeeze_excite")
     assert blocks == names.count("rsengine.squeeze_excite_backward") >= 3
+    assert names.count("rsengine.batch_norm") == names.count("rsengine.batch_norm_backward") >= 6
+    assert not any("native_batch_norm" in name for name in names)
     once = ("label_smoothed_cross_entropy", "scale_gradient_", "sgd_ema_step", "ema_update")
     averages = 2 if load_recipe(name).optimizer.name == "muon" else 1  # of what Muon updates, and of the buffers
     # SGD of what has bfloat16 copies, and of batch norm's parameters.
