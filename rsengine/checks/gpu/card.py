@@ -6,8 +6,8 @@ from typing import Any
 
 from rsengine.checks.gpu.device import Setup
 from rsengine.kernels import explain
-from rsengine.kernels.dispatch import OPS
+from rsengine.kernels.dispatch import NATIVE_OPS, OPS
 
 
 def measure(row: str, setup: Setup) -> dict[str, Any]:
-    return {"device": setup.device.describe(), "choices": [explain(op) for op in OPS], "wrong": []}
+    return {"device": setup.device.describe(), "choices": [explain(op) for op in OPS + NATIVE_OPS], "wrong": []}

@@ -64,6 +64,7 @@ PARTS = (
         "rsengine.checks.gpu.smoke",
         (
             Row("cross-entropy", 3, 40),
+            Row("batch norm", 4, 60),
             Row("block epilogue", 6, 60),
             Row("update", 2, 40),
             Row("augmentation", 3, 40),
@@ -153,6 +154,7 @@ PARTS = (
         (
             Row("squeeze_excite", 33, 100),
             Row("ema", 8, 60),
+            _extra("batch_norm", 30, 100),
             _extra("cross_entropy", 25, 90),
             _extra("augment", 25, 90),
         ),

@@ -16,6 +16,7 @@ from rsengine.checks.gpu.steps import capture, device_batches, make_step
 from rsengine.data import find_dataset
 from rsengine.kernels import (
     augment_batch,
+    batch_norm,
     label_smoothed_cross_entropy,
     sgd_ema_step,
     squeeze_excite_residual,
@@ -28,6 +29,7 @@ STAGES = ((256, 8), (512, 4), (1024, 2), (2048, 1))  # channels, side: ResNet-RS
 def measure(row: str, setup: Setup) -> dict[str, Any]:
     checks: dict[str, Callable[[Setup], dict[str, Any]]] = {
         "cross-entropy": cross_entropy,
+        "batch norm": normalisation,
         "block epilogue": block_epilogue,
         "update": update,
         "augmentation": augmentation,
@@ -47,6 +49,22 @@ def cross_entropy(setup: Setup) -> dict[str, Any]:
         return [loss, correct.float(), *torch.autograd.grad(loss, logits)]
 
     return compare(run("triton"), run("eager"), torch.float32)
+
+
+def normalisation(setup: Setup) -> dict[str, Any]:
+    device, results = setup.device.device, []
+    for channels, side in STAGES:
+        maps = (torch.randn(128, channels, side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in maps)
+        leaves = [t.requires_grad_() for t in (x, *torch.randn(2, channels, device=device))]
+
+        def run(impl: str, leaves=leaves, dy=dy) -> list[Tensor]:
+            moved = [torch.ones(len(leaves[1]), device=device) for _ in range(2)]
+            y = batch_norm(*leaves, *moved, impl=impl)
+            return [y.detach(), *moved, *torch.autograd.grad(y, leaves, dy)]
+
+        results.append(compare(run("triton"), run("eager"), torch.bfloat16))
+    return max(results, key=lambda result: result["difference"])
 
 
 def block_epilogue(setup: Setup) -> dict[str, Any]:

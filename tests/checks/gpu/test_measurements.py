@@ -345,7 +345,7 @@ def test_the_first_look_at_a_captured_step_and_the_profiler():
     assert smoke.measure("captured step", setup(Spoiled(every_other)))["wrong"]
 
 
-@pytest.mark.parametrize("row", ["cross-entropy", "block epilogue", "update", "augmentation"])
+@pytest.mark.parametrize("row", ["cross-entropy", "batch norm", "block epilogue", "update", "augmentation"])
 def test_the_first_look_at_an_op_compares_triton_with_eager(row, monkeypatch):
     """With eager in Triton's place all is well, and with a fault put in it is not."""
     fault = []
@@ -362,7 +362,8 @@ def test_the_first_look_at_an_op_compares_triton_with_eager(row, monkeypatch):
 
         return run
 
-    for op in ("label_smoothed_cross_entropy", "squeeze_excite_residual", "sgd_ema_step", "augment_batch"):
+    ops = "label_smoothed_cross_entropy", "batch_norm", "squeeze_excite_residual", "sgd_ema_step", "augment_batch"
+    for op in ops:
         monkeypatch.setattr(smoke, op, twice(getattr(smoke, op)))
     assert smoke.measure(row, setup())["wrong"] == []
     fault.append(True)
