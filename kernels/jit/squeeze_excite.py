@@ -99,6 +99,7 @@ def forward(
         shortcut = shortcut.contiguous(memory_format=torch.channels_last)
         dtype = torch.promote_types(dtype, shortcut.dtype)
     w1, b1, w2, b2 = (t.contiguous() for t in (w1, b1, w2, b2))
+    keep_scale = None if keep_scale is None else keep_scale.contiguous()
     y = torch.empty_like(x, dtype=dtype)
     mean, gate = (x.new_empty((n, channels), dtype=torch.float32) for _ in range(2))
     hidden = x.new_empty((n, hidden_width), dtype=torch.float32)
@@ -149,6 +150,7 @@ def backward(
     pixels, hidden_width = height * width, w1.shape[0]
     x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
     w1, w2 = w1.contiguous(), w2.contiguous()
+    keep_scale = None if keep_scale is None else keep_scale.contiguous()
     dx = torch.empty_like(x)
     dshortcut = None if y is None else torch.empty_like(x, dtype=shortcut_dtype)
     dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)

@@ -201,11 +201,13 @@ def test_an_empty_batch(function, device):
 
 
 def test_other_memory_formats_and_strides(device):
-    x, weights, shortcut, _, upstream = operands((3, 12, 4, 6, 4), torch.float32, device)
+    x, weights, shortcut, keep_scale, upstream = operands((3, 12, 4, 6, 4), torch.float32, device)
     x, shortcut = x.contiguous(), shortcut.contiguous()
-    weights = [w.t().contiguous().t() if w.dim() == 2 else w for w in weights]
-    assert not x.is_contiguous(memory_format=torch.channels_last) and not weights[0].is_contiguous()
-    check(x, weights, upstream.contiguous(), shortcut)
+    weights = [w.t().contiguous().t() if w.dim() == 2 else w.repeat_interleave(2)[::2] for w in weights]
+    keep_scale = keep_scale.repeat_interleave(2)[::2]
+    assert not any(t.is_contiguous() for t in [*weights, keep_scale])
+    assert not x.is_contiguous(memory_format=torch.channels_last)
+    check(x, weights, upstream.contiguous(), shortcut, keep_scale)
 
 
 def test_a_wider_shortcut_widens_the_output(device):
