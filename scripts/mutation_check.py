@@ -53,7 +53,13 @@ FAULTS = [
         BN_TESTS,
     ),
     ("batch norm: the shortcut's gradient passes the ReLU", PASSES, "STORE(g);", "STORE(LOAD(g_row[c]));", BN_TESTS),
-    ("batch norm: the squeeze has no gradient", EPILOGUE, "(dsqueezed / pixels - sums / rows)", "(-sums / rows)", BN_TESTS),
+    (
+        "batch norm: the squeeze has no gradient",
+        EPILOGUE,
+        "(dsqueezed / pixels - sums / rows)",
+        "(-sums / rows)",
+        BN_TESTS,
+    ),
     ("batch norm: the running variance is biased", BN, "variance * (rows / (rows - 1))", "variance", BN_TESTS),
     (
         "batch norm: the gate's scale is left out of its sum",
@@ -135,8 +141,8 @@ FAULTS = [
     (
         "bias gradient keeps only the last samples",
         SE,
-        "sum_r += tl.sum(r, axis=0)",
-        "sum_r = tl.sum(r, axis=0)",
+        "sum_r += tl.sum(r.to(tl.float32), axis=0)",
+        "sum_r = tl.sum(r.to(tl.float32), axis=0)",
         SE_TESTS,
     ),
     ("smoothing term is missing", CE, "            qz += uniform * z\n", "            qz += 0.0 * z\n", CE_TESTS),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-RELU, SIGMOID, RELU_GRADIENT, LINEAR = (tl.constexpr(i) for i in range(4))  # what a product does to its result
+RELU, SIGMOID, RELU_GRADIENT, LINEAR, BIAS = (tl.constexpr(i) for i in range(5))  # what a product does to its result
 
 
 @triton.jit
@@ -35,7 +35,8 @@ def _product(
 ):  # fmt: skip
     """Rows m_start..m_end of ``out = epilogue(a @ w.T)``, outputs o_start..+BLOCK_O. a: (n, DEPTH), out: (n, OUT).
 
-    ``b_ptr`` is the bias of RELU and SIGMOID, and the forward's activations, (n, OUT), of RELU_GRADIENT.
+    ``b_ptr`` is the bias of RELU, SIGMOID and BIAS, and the forward's activations, (n, OUT), of RELU_GRADIENT. The
+    product is of operands in the dtype of ``a``.
     """
     offs_m = m_start + tl.arange(0, BLOCK_M)
     offs_o = o_start + tl.arange(0, BLOCK_O)
@@ -52,11 +53,11 @@ def _product(
             w_ptr + offs_k[:, None] * STRIDE_WK + offs_o[None, :] * STRIDE_WO,
             mask=mask_k[:, None] & mask_o[None, :],
             other=0.0,
-        ).to(tl.float32)
+        ).to(a.dtype)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
     offs = offs_m[:, None] * OUT + offs_o[None, :]
     mask = mask_m[:, None] & mask_o[None, :]
-    if EPILOGUE == RELU or EPILOGUE == SIGMOID:  # noqa: SIM109  Triton has no `in`
+    if EPILOGUE == RELU or EPILOGUE == SIGMOID or EPILOGUE == BIAS:  # noqa: SIM109  Triton has no `in`
         acc += tl.load(b_ptr + offs_o, mask=mask_o, other=0.0).to(tl.float32)[None, :]
     if EPILOGUE == RELU:
         acc = _relu(acc)
@@ -64,7 +65,7 @@ def _product(
         acc = tl.sigmoid(acc)
     if EPILOGUE == RELU_GRADIENT:
         acc = _relu_gradient(acc, b_ptr + offs, mask)
-    tl.store(out_ptr + offs, acc, mask=mask)
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -275,8 +276,8 @@ def _weight_gradients(
             r_ptr + offs_n[:, None] * HIDDEN + offs_r[None, :], mask=mask_n[:, None] & mask_r[None, :], other=0.0
         )
         acc = tl.dot(tl.trans(c), r, acc, input_precision=PRECISION)
-        sum_c += tl.sum(c, axis=0)
-        sum_r += tl.sum(r, axis=0)
+        sum_c += tl.sum(c.to(tl.float32), axis=0)
+        sum_r += tl.sum(r.to(tl.float32), axis=0)
     mask = mask_c[:, None] & mask_r[None, :]
     if is_first:
         tl.store(dw1_ptr + offs_r[None, :] * CHANNELS + offs_c[:, None], acc.to(dw1_ptr.dtype.element_ty), mask=mask)
