@@ -1,8 +1,9 @@
 """The block epilogue of a bottleneck from its last batch norm on: batch norm, squeeze-and-excite, stochastic depth, the
 sum with the shortcut, ReLU.
 
-On the CPU it is a few passes over memory in C (``native``). Maps read or written: forward 4 (x twice, shortcut, y),
-backward 8 (dy, y and x twice, dx, dshortcut); PyTorch's operators 9 and 14.
+On the CPU it is a few passes over memory in C (``native``), on a GPU a few Triton kernels, by the same algebra. Maps
+read or written: forward 4 (x twice, shortcut, y), backward 8 (dy, y and x twice, dx, dshortcut); PyTorch's operators 9
+and 14.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ def batch_norm_squeeze_excite_residual(
     Args:
         x, weight, bias, running_mean, running_var, momentum, eps: as in :func:`batch_norm`.
         w1, b1, w2, b2, shortcut, keep_scale: as in :func:`rsengine.kernels.squeeze_excite_residual`, which, after
-            :func:`batch_norm`, is what runs where this is not native.
+            :func:`batch_norm`, is what runs where ``impl`` is ``"eager"``.
 
     Returns:
-        (N, C, H, W). Native: in the dtype of ``x``; the products of squeeze-and-excite are in autocast's.
+        (N, C, H, W) in the dtype of ``x``, which is that of ``shortcut``; eager: in the wider of the two. The products
+        of squeeze-and-excite are in autocast's dtype; Triton's in that of ``w1``, whether there is autocast or not.
 
     Raises:
         ValueError, RuntimeError: as the two functions do.
@@ -52,9 +54,11 @@ def batch_norm_squeeze_excite_residual(
     check_batch_norm(x, vectors)
     check_residual(x, w1, b1, w2, b2, shortcut, keep_scale)
     maps = {"x": x, "shortcut": shortcut}
-    if choose_native("batch_norm_squeeze_excite_residual", impl, maps, vectors) == "native":
+    chosen = choose_native("batch_norm_squeeze_excite_residual", impl, maps, vectors)
+    if chosen != "eager":
+        epilogue = _NativeEpilogue if chosen == "native" else _TritonEpilogue
         buffers = running_mean, running_var, momentum, eps
-        return _NativeEpilogue.apply(x, shortcut, weight, bias, w1, b1, w2, b2, keep_scale, buffers)
+        return epilogue.apply(x, shortcut, weight, bias, w1, b1, w2, b2, keep_scale, buffers)
     # Native batch norm still takes a map whose shortcut has another dtype.
     x = batch_norm(x, weight, bias, running_mean, running_var, momentum, eps, impl=impl)
     return squeeze_excite_residual(x, w1, b1, w2, b2, shortcut, keep_scale)
@@ -129,3 +133,94 @@ class _NativeEpilogue(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _TritonEpilogue(torch.autograd.Function):
+    """The two operators below: one that moves buffers cannot have its gradient registered with it."""
+
+    @staticmethod
+    def forward(ctx, x, shortcut, weight, bias, w1, b1, w2, b2, keep_scale, buffers):
+        running_mean, running_var, momentum, eps = buffers
+        y, *saved = torch.ops.rsengine.batch_norm_squeeze_excite_residual(
+            x, shortcut, weight, bias, running_mean, running_var, w1, b1, w2, b2, keep_scale, momentum, eps
+        )
+        ctx.save_for_backward(x, y, weight, bias, w1, w2, keep_scale, *saved)
+        ctx.bias_dtypes = b1.dtype, b2.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        gradients = torch.ops.rsengine.batch_norm_squeeze_excite_residual_backward(
+            dy, *ctx.saved_tensors, *ctx.bias_dtypes
+        )
+        return *gradients, None, None
+
+
+@torch.library.custom_op("rsengine::batch_norm_squeeze_excite_residual", mutates_args=("running_mean", "running_var"))
+def _forward(
+    x: Tensor,
+    shortcut: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    keep_scale: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The Triton kernels: y, and for the backward pass the batch's mean and inverse deviation, the centred means of the
+    images, and what goes into and comes out of the two products."""
+    from .jit import block_epilogue
+
+    return block_epilogue.forward(
+        x, shortcut, weight, bias, running_mean, running_var, w1, b1, w2, b2, keep_scale, momentum, eps
+    )
+
+
+@_forward.register_fake
+def _(x, shortcut, weight, bias, running_mean, running_var, w1, b1, w2, b2, keep_scale, momentum, eps):
+    centred = x.new_empty(x.shape[:2], dtype=torch.float32)
+    squeezed, hidden = torch.empty_like(centred, dtype=w1.dtype), w1.new_empty(x.shape[0], w1.shape[0])
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    return y, torch.empty_like(weight), torch.empty_like(bias), centred, squeezed, hidden, torch.empty_like(squeezed)
+
+
+@torch.library.custom_op("rsengine::batch_norm_squeeze_excite_residual_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    keep_scale: Tensor | None,
+    mean: Tensor,
+    deviation: Tensor,
+    centred: Tensor,
+    squeezed: Tensor,
+    hidden: Tensor,
+    logit: Tensor,
+    b1_dtype: torch.dtype,
+    b2_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, shortcut, weight, bias, w1, b1, w2, b2."""
+    from .jit import block_epilogue
+
+    saved = mean, deviation, centred, squeezed, hidden, logit
+    return block_epilogue.backward(dy, x, y, weight, bias, w1, w2, keep_scale, *saved, b1_dtype, b2_dtype)
+
+
+@_backward.register_fake
+def _(
+    dy, x, y, weight, bias, w1, w2, keep_scale, mean, deviation, centred, squeezed, hidden, logit, b1_dtype, b2_dtype
+):
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    dw1, dw2 = (torch.empty_like(w, memory_format=torch.contiguous_format) for w in (w1, w2))
+    db1, db2 = w1.new_empty(w1.shape[0], dtype=b1_dtype), w2.new_empty(w2.shape[0], dtype=b2_dtype)
+    return dx, torch.empty_like(dx), torch.empty_like(weight), torch.empty_like(bias), dw1, db1, dw2, db2

@@ -25,15 +25,20 @@ class Budget:
 
 @dataclass(frozen=True)
 class Stream:
-    """A large operand, and how often each of its bytes crosses the memory bus in one call: the floor, term by term."""
+    """A large operand, and how often each of its bytes crosses the memory bus in one call: the floor, term by term.
+
+    library_reads: by products of PyTorch's library, which the interpreter does not see; beside ``reads``.
+    """
 
     tensors: Sequence[Tensor]
     reads: int
     writes: int
+    library_reads: int = 0
 
     @property
     def bytes(self) -> int:
-        return (self.reads + self.writes) * sum(t.numel() * t.element_size() for t in self.tensors)
+        crossings = self.reads + self.writes + self.library_reads
+        return crossings * sum(t.numel() * t.element_size() for t in self.tensors)
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class CompileCase:
     eager: ``eager(kernels, size)`` makes the same operands, with values that eager code may see, and returns a function
         that does with the public op of ``kernels`` (:mod:`rsengine.kernels`), in PyTorch's operators, what ``launch``
         does: a kernel's time on a GPU is compared with its time.
+    uses_library: the launcher also runs products of PyTorch's library. On a GPU they count, and ``launch`` runs no
+        other kernels of PyTorch.
     """
 
     name: str
@@ -57,3 +64,4 @@ class CompileCase:
     small: int
     budgets: dict[str, Budget]
     eager: Callable[[ModuleType, int], Callable[[], object]]
+    uses_library: bool = False

@@ -38,6 +38,7 @@ from .squeeze_excite_kernels import (
 
 SINGLE_PASS_ELEMENTS = 16_384  # a sample's map up to this size stays in the registers of one program ...
 MAP_BYTES = 65_536  # ... where, padded to powers of two, it takes no more than this
+STREAMED_WEIGHTS = 2**18  # bytes of weights that one program may read: at 64 bytes a clock, about a launch's time
 PRODUCT_BLOCK = {"BLOCK_M": 16, "BLOCK_O": 128, "BLOCK_K": 64}  # samples, outputs, depth of a product's tile
 
 
@@ -69,7 +70,7 @@ def plan(pixels: int, channels: int, hidden: int, dtype: torch.dtype, is_single_
     return Plan(True, block_n, block_p, block_c, min(num_warps, most_warps))
 
 
-def _precision(x: Tensor) -> str:
+def precision_of(x: Tensor) -> str:
     """Of the small products. TF32 keeps more than the 8 or 11 bits of a 16-bit ``x``; float32 takes three of them."""
     if x.dtype != torch.float32:
         return "tf32"
@@ -107,7 +108,7 @@ def forward(
         return y, mean.zero_(), hidden.zero_(), gate.zero_()
     flags = {"HAS_SHORTCUT": shortcut is not None, "HAS_KEEP": keep_scale is not None}
     shape = {"PIXELS": pixels, "CHANNELS": channels}
-    precision, chosen = _precision(x), plan(pixels, channels, hidden_width, x.dtype, is_single_pass)
+    precision, chosen = precision_of(x), plan(pixels, channels, hidden_width, x.dtype, is_single_pass)
     if chosen.is_single_pass:
         _single_pass_forward[(triton.cdiv(n, chosen.block_n),)](
             x, w1, b1, w2, b2, shortcut, keep_scale, y, mean, hidden, gate,
@@ -161,7 +162,7 @@ def backward(
     dz1 = torch.empty_like(hidden)
     flags = {"HAS_SHORTCUT": y is not None, "HAS_KEEP": keep_scale is not None}
     shape = {"PIXELS": pixels, "CHANNELS": channels}
-    precision, chosen = _precision(x), plan(pixels, channels, hidden_width, x.dtype, is_single_pass)
+    precision, chosen = precision_of(x), plan(pixels, channels, hidden_width, x.dtype, is_single_pass)
     if chosen.is_single_pass:
         _single_pass_backward[(triton.cdiv(n, chosen.block_n),)](
             dy, x, y, w1, w2, keep_scale, hidden, gate, dx, dshortcut, dz2, dz1, dmean,

@@ -19,7 +19,7 @@ from ..jit.case import CompileCase
 from .interpreter import traffic
 from .offline import TARGETS, CompiledCase, MachineCode, case_violations, compile_case, tool_output
 
-OPS = ("batch_norm", "squeeze_excite", "cross_entropy", "ema", "augment")
+OPS = ("batch_norm", "squeeze_excite", "block_epilogue", "cross_entropy", "ema", "augment")
 OUT = Path("docs/compile_report.md")
 LAUNCH_SECONDS = 5e-6  # about what one launch costs: below it the bandwidth is not what bounds
 

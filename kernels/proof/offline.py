@@ -159,7 +159,10 @@ def compile_case(case: CompileCase, arch: str) -> CompiledCase:
     distinct = [launch for launch in launches if first[launch.kernel.hash] is launch]
     return CompiledCase(
         tuple(CompiledLaunch(each.kernel_name, prod(each.grid), inspect(each.kernel)) for each in distinct),
-        {name: (sum(t.nbytes for t in each.tensors), each.reads, each.writes) for name, each in operands.items()},
+        {
+            name: (sum(t.nbytes for t in each.tensors), each.reads + each.library_reads, each.writes)
+            for name, each in operands.items()
+        },
         max(sum(t.numel() for t in stream.tensors) for stream in operands.values()),
     )
 
