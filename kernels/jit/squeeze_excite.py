@@ -1,12 +1,14 @@
 """Launchers and compile cases of squeeze-and-excite and the block epilogue.
 
 Two forms, chosen by shape (:func:`plan`). *Single pass*: a program holds the whole maps of a few samples on chip,
-computes their gates there and writes the output, so that the large operands cross memory once. *Two-pass*, for maps
-that do not fit: a reduction, the small matrix products, and an element-wise pass that reads the maps again.
+computes their gates there and writes the output, so that the large operands cross memory once. *Two-pass*: a reduction,
+the small matrix products, and an element-wise pass that reads the maps again. It is for maps that do not fit, and for
+weights that one program would take long to read: a multiprocessor loads about 64 bytes a clock, so that the 8 MB of
+2,048 channels in float32 would take 80 µs, while the products of the two-pass form are split over many programs.
 
-In both, the two small matrix products are tiled over the batch, so that the weights (4 MB in bfloat16 at 2,048
-channels) are read once for a tile of samples. The small (N, C) intermediates pass from one product to the next through
-memory: a program reads back only what it wrote itself, behind a barrier.
+In both, the two small matrix products are tiled over the batch, so that the weights are read once for a tile of
+samples. In a single pass the small (N, C) intermediates go from one product to the next through memory: a program reads
+back only what it wrote itself, behind a barrier.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ SINGLE_PASS_ELEMENTS = 16_384  # a sample's map up to this size stays in the reg
 MAP_BYTES = 65_536  # ... where, padded to powers of two, it takes no more than this
 STREAMED_WEIGHTS = 2**18  # bytes of weights that one program may read: at 64 bytes a clock, about a launch's time
 PRODUCT_BLOCK = {"BLOCK_M": 16, "BLOCK_O": 128, "BLOCK_K": 64}  # samples, outputs, depth of a product's tile
+SPLIT_PRODUCT_BLOCK = {"BLOCK_M": 32, "BLOCK_O": 32, "BLOCK_K": 64}  # small, for many programs with little to read
+TILE_ELEMENTS = 2048  # of a map in a program of two passes, as far as it has them: 128-bit loads of 16 bits
 
 
 class Plan(NamedTuple):
@@ -52,14 +56,24 @@ class Plan(NamedTuple):
     num_warps: int
 
 
-def plan(pixels: int, channels: int, hidden: int, dtype: torch.dtype, is_single_pass: bool | None = None) -> Plan:
+def plan(
+    pixels: int,
+    channels: int,
+    hidden: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    is_single_pass: bool | None = None,
+) -> Plan:
     """Form and block sizes for maps of ``pixels`` x ``channels``; ``is_single_pass`` overrides the choice of form."""
     block_p, block_c = triton.next_power_of_2(pixels), triton.next_power_of_2(channels)
     map_bytes = block_p * block_c * dtype.itemsize
     if is_single_pass is None:
-        is_single_pass = pixels * channels <= SINGLE_PASS_ELEMENTS and map_bytes <= MAP_BYTES
+        weight_bytes = 2 * hidden * channels * weight_dtype.itemsize
+        fits = pixels * channels <= SINGLE_PASS_ELEMENTS and map_bytes <= MAP_BYTES
+        is_single_pass = fits and weight_bytes <= STREAMED_WEIGHTS
     if not is_single_pass:
-        return Plan(False, 1, min(32, block_p), min(64, block_c), 4)
+        block_p = min(32, block_p)
+        return Plan(False, 1, block_p, min(max(64, TILE_ELEMENTS // block_p), block_c), 4)
     # Enough samples a program that their maps outweigh the weights they share, as far as they fit on chip.
     wanted = triton.next_power_of_2(max(1, 2 * hidden // pixels))
     block_n = max(1, min(wanted, MAP_BYTES // 2 // map_bytes, PRODUCT_BLOCK["BLOCK_M"]))
@@ -108,7 +122,7 @@ def forward(
         return y, mean.zero_(), hidden.zero_(), gate.zero_()
     flags = {"HAS_SHORTCUT": shortcut is not None, "HAS_KEEP": keep_scale is not None}
     shape = {"PIXELS": pixels, "CHANNELS": channels}
-    precision, chosen = precision_of(x), plan(pixels, channels, hidden_width, x.dtype, is_single_pass)
+    precision, chosen = precision_of(x), plan(pixels, channels, hidden_width, x.dtype, w1.dtype, is_single_pass)
     if chosen.is_single_pass:
         _single_pass_forward[(triton.cdiv(n, chosen.block_n),)](
             x, w1, b1, w2, b2, shortcut, keep_scale, y, mean, hidden, gate,
@@ -162,7 +176,7 @@ def backward(
     dz1 = torch.empty_like(hidden)
     flags = {"HAS_SHORTCUT": y is not None, "HAS_KEEP": keep_scale is not None}
     shape = {"PIXELS": pixels, "CHANNELS": channels}
-    precision, chosen = precision_of(x), plan(pixels, channels, hidden_width, x.dtype, is_single_pass)
+    precision, chosen = precision_of(x), plan(pixels, channels, hidden_width, x.dtype, w1.dtype, is_single_pass)
     if chosen.is_single_pass:
         _single_pass_backward[(triton.cdiv(n, chosen.block_n),)](
             dy, x, y, w1, w2, keep_scale, hidden, gate, dx, dshortcut, dz2, dz1, dmean,
@@ -199,14 +213,15 @@ def _launch_product(
     """``out = epilogue(a @ w.T)``, or ``epilogue(a @ w)`` where ``is_transposed``."""
     n, depth = a.shape
     width = out.shape[1]
-    _batch_product[(triton.cdiv(n, PRODUCT_BLOCK["BLOCK_M"]), triton.cdiv(width, PRODUCT_BLOCK["BLOCK_O"]))](
+    grid = triton.cdiv(n, SPLIT_PRODUCT_BLOCK["BLOCK_M"]), triton.cdiv(width, SPLIT_PRODUCT_BLOCK["BLOCK_O"])
+    _batch_product[grid](
         a, w, b, out,
         n,
         DEPTH=depth, OUT=width,
         STRIDE_WO=1 if is_transposed else depth, STRIDE_WK=width if is_transposed else 1,
         EPILOGUE=epilogue.value, PRECISION=precision,
-        **PRODUCT_BLOCK,
-        num_warps=8,
+        **SPLIT_PRODUCT_BLOCK,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -228,7 +243,7 @@ BUDGETS = {
     "_single_pass_forward": Budget(255, 112 * 1024, 16),
     "_single_pass_backward": Budget(255, 112 * 1024, 16),
     "_squeeze": Budget(128, 16 * 1024, 16, store_bytes=4),
-    "_batch_product": Budget(168, 112 * 1024, 16),
+    "_batch_product": Budget(232, 112 * 1024, 16),
     "_excite": Budget(128, 16 * 1024, 16),
     "_weight_gradients": Budget(168, 64 * 1024, 16),
 }
@@ -242,7 +257,7 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for channels, side, dtype, has_shortcut in CASES:
         name = f"squeeze_excite{'_residual' if has_shortcut else ''} {{}}, {str(dtype)[6:]}, {channels}x{side}x{side}"
-        block_n = plan(side * side, channels, channels // 4, dtype).block_n
+        block_n = plan(side * side, channels, channels // 4, dtype, torch.float32).block_n
         shape = {"channels": channels, "side": side, "dtype": dtype, "has_shortcut": has_shortcut}
         for launch, label in ((_forward_case, "forward"), (_backward_case, "backward")):
             eager = partial(_eager_case, **shape, is_backward=launch is _backward_case)
@@ -262,14 +277,14 @@ def _operands(n: int, channels: int, side: int, dtype: torch.dtype) -> tuple[lis
 def _forward_case(n: int, channels: int, side: int, dtype: torch.dtype, has_shortcut: bool) -> dict[str, Stream]:
     (x, shortcut, _), weights, _ = _operands(n, channels, side, dtype)
     y = forward(x, *weights, shortcut if has_shortcut else None, torch.empty(n) if has_shortcut else None)[0]
-    x_reads = 1 if plan(side * side, channels, channels // 4, dtype).is_single_pass else 2
+    x_reads = 1 if plan(side * side, channels, channels // 4, dtype, torch.float32).is_single_pass else 2
     streams = {"x": Stream([x], x_reads, 0), "y": Stream([y], 0, 1), "weights": Stream(weights[::2], 1, 0)}
     return streams | {"shortcut": Stream([shortcut], 1, 0)} if has_shortcut else streams
 
 
 def _backward_case(n: int, channels: int, side: int, dtype: torch.dtype, has_shortcut: bool) -> dict[str, Stream]:
     (x, y, dy), (w1, _, w2, _), saved = _operands(n, channels, side, dtype)
-    again = 0 if plan(side * side, channels, channels // 4, dtype).is_single_pass else 1
+    again = 0 if plan(side * side, channels, channels // 4, dtype, torch.float32).is_single_pass else 1
     if not has_shortcut:
         dx = backward(dy, x, None, w1, w2, None, *saved, None)[0]
         streams = {"x": Stream([x], 1, 0), "dy": Stream([dy], 1 + again, 0), "dx": Stream([dx], 0, 1)}

@@ -119,7 +119,7 @@ def test_the_tail_at_odd_shapes(shape, dtype, device):
 
 @pytest.mark.parametrize("shape", IMAGENET, ids=str)
 def test_the_tail_in_two_passes_at_imagenet_shapes(shape, device):
-    assert not launchers.plan(shape[2] * shape[3], shape[1], shape[4], torch.bfloat16).is_single_pass
+    assert not launchers.plan(shape[2] * shape[3], shape[1], shape[4], torch.bfloat16, torch.bfloat16).is_single_pass
     check_residual(shape, torch.bfloat16, device)
 
 
@@ -183,11 +183,23 @@ def test_both_forms_agree(shape, device):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_maps_of_every_cifar_stage_take_one_pass():
-    for _, c, h, w, r in STEM_STRIDE_2:
-        for dtype in DTYPES:
-            assert launchers.plan(h * w, c, r, dtype).is_single_pass
-    assert not launchers.plan(56 * 56, 256, 64, torch.bfloat16).is_single_pass
+def test_one_pass_is_for_maps_that_fit_and_weights_that_are_few():
+    for dtype in DTYPES:
+        chosen = [launchers.plan(h * w, c, r, dtype, torch.float32).is_single_pass for _, c, h, w, r in STEM_STRIDE_2]
+        assert chosen == [True, False, False, False]
+    assert launchers.plan(16, 512, 128, torch.bfloat16, torch.bfloat16).is_single_pass  # 256 KiB of weights
+    assert not launchers.plan(16, 512, 129, torch.bfloat16, torch.bfloat16).is_single_pass
+    assert not launchers.plan(56 * 56, 256, 64, torch.bfloat16, torch.bfloat16).is_single_pass
+
+
+@pytest.mark.parametrize("is_single_pass", [True, False], ids=["one pass", "two passes"])
+@pytest.mark.parametrize("shape", [(17, 72, 1, 1, 40), (3, 200, 2, 2, 70)], ids=str)
+def test_few_pixels_in_either_form(shape, is_single_pass, device):
+    """Tiles of many channels, and products with tails in samples, outputs and depth."""
+    x, weights, shortcut, keep_scale, _ = operands(shape, torch.float32, device)
+    y, *_ = launchers.forward(x, *weights, shortcut, keep_scale, is_single_pass)
+    truth = reference.squeeze_excite_residual(*doubled([x, *weights, shortcut]), keep_scale.double())
+    assert_close(y, truth, scale=max(1.0, float(truth.detach().abs().max())))
 
 
 @pytest.mark.parametrize("function", [squeeze_excite, squeeze_excite_residual])
