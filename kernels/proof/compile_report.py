@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 
@@ -22,6 +23,7 @@ from .offline import TARGETS, CompiledCase, MachineCode, case_violations, compil
 OPS = ("batch_norm", "squeeze_excite", "block_epilogue", "cross_entropy", "ema", "augment")
 OUT = Path("docs/compile_report.md")
 LAUNCH_SECONDS = 5e-6  # about what one launch costs: below it the bandwidth is not what bounds
+LOADED_A_CLOCK = 64  # bytes that one multiprocessor gets from the second-level cache
 
 # Both makers divide a multiprocessor in four, give each quarter 512 registers a lane, and hand them out in eights.
 QUARTERS, LANE_REGISTERS, REGISTER_STEP = 4, 512, 8
@@ -32,13 +34,15 @@ TENSOR_COLUMNS = 512  # columns of tensor memory in a multiprocessor of sm_100
 class GPU:
     """The GPU that stands for an architecture, by published numbers.
 
-    bandwidth: bytes a second, from source. Limits of one multiprocessor: warps (wavefronts), programs, and bytes of
-    shared memory, with what each program takes of it beside its own and in what steps it is handed out.
+    bandwidth: bytes a second, from source. clock: hertz, about what it runs at under load. Limits of one
+    multiprocessor: warps (wavefronts), programs, and bytes of shared memory, with what each program takes of it beside
+    its own and in what steps it is handed out.
     """
 
     name: str
     bandwidth: float
     source: str
+    clock: float
     warps: int
     programs: int
     shared: int
@@ -47,10 +51,10 @@ class GPU:
 
 
 GPUS = {
-    "sm_80": GPU("A100 SXM 80 GB", 2.039e12, "NVIDIA A100 data sheet", 64, 32, 164 << 10, 1024, 128),
-    "sm_90": GPU("H100 SXM", 3.35e12, "NVIDIA H100 data sheet", 64, 32, 228 << 10, 1024, 128),
-    "sm_100": GPU("B200", 8.0e12, "NVIDIA HGX B200 data sheet", 64, 32, 228 << 10, 1024, 128),
-    "gfx942": GPU("MI300X", 5.3e12, "AMD Instinct MI300X data sheet", 32, 16, 64 << 10, 0, 512),
+    "sm_80": GPU("A100 SXM 80 GB", 2.039e12, "NVIDIA A100 data sheet", 1.4e9, 64, 32, 164 << 10, 1024, 128),
+    "sm_90": GPU("H100 SXM", 3.35e12, "NVIDIA H100 data sheet", 1.7e9, 64, 32, 228 << 10, 1024, 128),
+    "sm_100": GPU("B200", 8.0e12, "NVIDIA HGX B200 data sheet", 1.8e9, 64, 32, 228 << 10, 1024, 128),
+    "gfx942": GPU("MI300X", 5.3e12, "AMD Instinct MI300X data sheet", 2.1e9, 32, 16, 64 << 10, 0, 512),
 }
 
 HEADER = """\
@@ -67,7 +71,11 @@ Written by `python -m rsengine.kernels.proof.compile_report` (`make compile-repo
   the tables count: biases, (N, C) intermediates and pointer tables do not, and weights count once, though each tile
   of samples after the first reads them again, from the GPU's second-level cache.
 - **Predicted**: the time is the floor at the real size over the GPU's published bandwidth; no kernel can be faster on
-  operands that do not fit in its caches, and none is promised to be as fast. Under about {launch:.0f} µs (marked *) the
+  operands that do not fit in its caches, and none is promised to be as fast. Where that is longer (marked †), it is the
+  time in which one multiprocessor loads what the longest program of each launch does, at {loaded} bytes a clock: a few
+  programs that each read large weights wait for their own multiprocessor, not for the card. Those bytes are counted at
+  the small size, so that they are too few where a program's work grows with the batch. Products of PyTorch's library,
+  which some launchers use, are not in it. Under about {launch:.0f} µs (marked *) the
   launch costs more than the bytes, and the number bounds nothing. Occupancy is NVIDIA's calculator's arithmetic
   (`cuda_occupancy.h`) with the limits of the CUDA programming guide's table of compute capabilities, and for gfx942
   the limits of LLVM's AMDGPU back end.
@@ -117,8 +125,21 @@ def all_cases() -> dict[str, list[CompileCase]]:
     return {op: importlib.import_module(f"..jit.{op}", __package__).compile_cases() for op in OPS}
 
 
+def predicted(arch: str, floor: int, longest: Sequence[int]) -> tuple[float, bool]:
+    """``(seconds, whether single programs are the reason)``: what neither the card's bandwidth nor, launch by launch,
+    that of one multiprocessor allows to be shorter.
+
+    Args:
+        floor: bytes that cross the memory bus.
+        longest: of each launch, the bytes that its longest program loads.
+    """
+    gpu = GPUS[arch]
+    card, programs = floor / gpu.bandwidth, sum(longest) / (LOADED_A_CLOCK * gpu.clock)
+    return max(card, programs), programs > card
+
+
 def miscounted(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """The streams of one case (its part of ``traffic``'s answer) whose counted bytes differ from the floor."""
+    """The streams of one case (of its part of ``traffic``'s answer) whose counted bytes differ from the floor."""
     return [
         f"{stream}, bytes {verb}: expected {count[f'expected_{verb}']}; got {count[verb]}"
         for stream, count in counts.items()
@@ -127,8 +148,14 @@ def miscounted(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
     ]
 
 
-def op_section(op: str, cases: Sequence[CompileCase], compiled: Mapping[tuple[str, str], CompiledCase]) -> str:
-    """Two tables of one op: bytes a case, then machine code a kernel. ``compiled`` is by (case, architecture)."""
+def op_section(
+    op: str,
+    cases: Sequence[CompileCase],
+    compiled: Mapping[tuple[str, str], CompiledCase],
+    counts: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """Two tables of one op: bytes a case, then machine code a kernel. ``compiled`` is by (case, architecture), and
+    ``counts`` is ``traffic``'s answer."""
     moved = [
         "| case | size | bytes moved | an element | read | written | counted at size |",
         "|---|--:|--:|--:|---|---|--:|",
@@ -155,14 +182,14 @@ def op_section(op: str, cases: Sequence[CompileCase], compiled: Mapping[tuple[st
             f"| {read} | {written} | {case.small:,} |"
         )
         for arch, each in by_arch.items():
-            rows += _rows(case.name, arch, each)
+            rows += _rows(case.name, arch, each, counts[case.name]["longest"])
     return "\n".join([f"## {op}", "", *moved, "", *rows, ""])
 
 
-def _rows(name: str, arch: str, compiled: CompiledCase) -> list[str]:
+def _rows(name: str, arch: str, compiled: CompiledCase, longest: Sequence[int]) -> list[str]:
     """A row for each kernel of a case; what belongs to the whole case stands in the first."""
     rows = []
-    head = f"| {name} | {arch} | {_bytes(compiled.floor)} | {_microseconds(compiled.floor / GPUS[arch].bandwidth)} "
+    head = f"| {name} | {arch} | {_bytes(compiled.floor)} | {_microseconds(*predicted(arch, compiled.floor, longest))} "
     for launch in compiled.launches:
         code = launch.code
         spills = f"**{code.spilled}**" if code.spilled else "0"
@@ -182,8 +209,8 @@ def _bytes(count: int) -> str:
     return f"{count} B"
 
 
-def _microseconds(seconds: float) -> str:
-    return f"{seconds * 1e6:.3g}{'*' if seconds < LAUNCH_SECONDS else ''}"
+def _microseconds(seconds: float, is_of_programs: bool) -> str:
+    return f"{seconds * 1e6:.3g}{'†' * is_of_programs}{'*' * (seconds < LAUNCH_SECONDS)}"
 
 
 def _widths(widths: Counter[int], atomics: int = 0) -> str:
@@ -202,6 +229,7 @@ def document(sections: Iterable[str], archs: Iterable[str]) -> str:
         ptxas=_ptxas_version("ptxas"),
         ptxas_blackwell=_ptxas_version("ptxas-blackwell"),
         launch=LAUNCH_SECONDS * 1e6,
+        loaded=LOADED_A_CLOCK,
     )
     gpus = ["| target | stands for | published bandwidth | source |", "|---|---|--:|---|"]
     for arch in archs:
@@ -221,13 +249,13 @@ def main(arguments: list[str] | None = None) -> int:
     for op, cases in all_cases().items():
         compiled = {}
         for case in cases:
-            wrong += [f"{case.name}: {line}" for line in miscounted(counts[case.name])]
+            wrong += [f"{case.name}: {line}" for line in miscounted(counts[case.name]["streams"])]
             for arch in options.arch:
                 compiled[case.name, arch] = each = compile_case(case, arch)
                 if TARGETS[arch].backend == "cuda":
                     wrong += [f"{case.name}, {arch}: {line}" for line in case_violations(case, arch, each)]
             print(f"compiled {op}: {case.name}", flush=True)
-        sections.append(op_section(op, cases, compiled))
+        sections.append(op_section(op, cases, compiled, counts))
     text = document(sections, options.arch)
     print(text)
     if wrong:

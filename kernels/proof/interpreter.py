@@ -27,6 +27,7 @@ import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import triton
@@ -85,6 +86,8 @@ class StrictBuilder(InterpreterBuilder):
                 raise RaceError(f"race: two lanes of one store in {self.launch.where()} write one address")
         for memory, addresses in self.launch.locate(live):
             self.launch.access(kind, memory, addresses, nbytes)
+            if kind == "load":
+                self.launch.loaded[-1] += addresses.size * nbytes
             for counter in self.counters:
                 counter.count(kind, memory.storage, addresses.size * nbytes)
         return plain
@@ -162,6 +165,8 @@ class StrictExecutor(upstream.GridExecutor):
         try:
             with np.errstate(all="ignore"):  # a GPU warns of no overflow either
                 super().__call__(*args, **kwargs)
+            for counter in builder.counters:
+                counter.longest.append(max(builder.launch.loaded, default=0))
         except upstream.InterpreterError as error:
             cause: BaseException = error
             while isinstance(cause, upstream.InterpreterError) and cause.__cause__ is not None:
@@ -295,10 +300,11 @@ class _AllowEverythingMade(TorchDispatchMode):
         return result
 
 
-def measure() -> dict[str, dict[str, dict[str, int]]]:
-    """Run every compile case at its small size: ``{case: {stream: {read, written, expected_read, expected_written}}}``.
+def measure() -> dict[str, dict[str, Any]]:
+    """Run every compile case at its small size: ``{case: {"streams": ..., "longest": ...}}``, all in bytes.
 
-    All in bytes. The expected ones are the floor: what the case says its streams must move.
+    streams: ``{stream: {read, written, expected_read, expected_written}}``; the expected ones are the floor: what the
+    case says its streams must move. longest: as in :class:`Traffic`.
     """
     from .. import jit
 
@@ -308,7 +314,8 @@ def measure() -> dict[str, dict[str, dict[str, int]]]:
         for case in getattr(module, "compile_cases", list)():
             with allow(), count_traffic() as traffic, _AllowEverythingMade():
                 streams = case.launch(case.small)
-            report[case.name] = {name: _row(stream, traffic) for name, stream in streams.items()}
+            rows = {name: _row(stream, traffic) for name, stream in streams.items()}
+            report[case.name] = {"streams": rows, "longest": traffic.longest}
     return report
 
 
@@ -323,7 +330,7 @@ def _row(stream: object, traffic: Traffic) -> dict[str, int]:
     }
 
 
-def traffic() -> dict[str, dict[str, dict[str, int]]]:
+def traffic() -> dict[str, dict[str, Any]]:
     """:func:`measure` in a process of its own, for callers that are no interpreter.
 
     Raises:

@@ -96,11 +96,13 @@ class Launch:
         self.epoch = 0
         self.starts: list[int] = []
         self.programs: list[tuple[int, ...]] = []
+        self.loaded: list[int] = []  # bytes, by program
 
     def begin_program(self, program: tuple[int, ...]) -> None:
         self.epoch += 1
         self.starts.append(self.epoch)
         self.programs.append(program)
+        self.loaded.append(0)
 
     def add_argument(self, tensor: Tensor) -> int:
         """The tag of pointers into ``tensor``."""
@@ -178,9 +180,13 @@ class Launch:
 
 
 class Traffic:
-    """Bytes that kernels loaded and stored, by storage; a lane counts once for every instruction it takes part in."""
+    """Bytes that kernels loaded and stored, by storage; a lane counts once for every instruction it takes part in.
+
+    longest: of each launch, in order, the bytes that the program with the most of them loaded.
+    """
 
     def __init__(self) -> None:
+        self.longest: list[int] = []
         self._bytes: dict[tuple[str, int], int] = defaultdict(int)
         self._kept: dict[int, torch.UntypedStorage] = {}  # an address counted once must not be given to another tensor
 

@@ -86,8 +86,27 @@ def traffic():
 @pytest.mark.slow
 def test_bytes_counted_equal_the_floor(traffic):
     assert set(traffic) == set(CASES)
-    wrong = {name: compile_report.miscounted(counts) for name, counts in traffic.items()}
+    wrong = {name: compile_report.miscounted(counts["streams"]) for name, counts in traffic.items()}
     assert not {name: lines for name, lines in wrong.items() if lines}
+
+
+def test_the_longest_program_of_each_launch_is_seen(traffic):
+    """Of the single pass the one program reads the weights, (64, 256) twice in float32, beside its maps."""
+    single, split = (
+        "squeeze_excite_residual forward, bfloat16, 256x8x8",
+        "squeeze_excite_residual forward, bfloat16, 2048x1x1",
+    )
+    (loaded,) = traffic[single]["longest"]
+    assert 2 * 64 * 256 * 4 < loaded < 2 * 2 * 64 * 256 * 4
+    assert len(traffic[split]["longest"]) == 4
+    assert max(traffic[split]["longest"]) < 2**19  # of 8 MB
+
+
+def test_a_long_program_is_what_a_prediction_waits_for():
+    gpu = compile_report.GPUS["sm_90"]
+    assert compile_report.predicted("sm_90", 10**8, [10**5] * 2) == (10**8 / gpu.bandwidth, False)
+    seconds, is_of_programs = compile_report.predicted("sm_90", 10**6, [2**22, 2**22])
+    assert is_of_programs and seconds == 2**23 / (64 * gpu.clock) and 7e-5 < seconds < 8e-5
 
 
 def test_miscounted_bytes_are_named():
@@ -95,14 +114,16 @@ def test_miscounted_bytes_are_named():
     assert compile_report.miscounted(counts) == ["x, bytes read: expected 4; got 8"]
 
 
-def test_the_committed_report_is_current():
+@pytest.mark.slow
+def test_the_committed_report_is_current(traffic):
     """Every table of docs/compile_report.md is what the kernels compile to now."""
     report = (Path(__file__).parents[3] / compile_report.OUT).read_text()
     if f"Triton {triton.__version__} " not in report:
         pytest.skip(f"the report was written with another Triton than {triton.__version__}")
     for op, cases in compile_report.all_cases().items():
         by_arch = {(case.name, arch): compiled(case.name, arch) for case in cases for arch in offline.TARGETS}
-        missing = [line for line in compile_report.op_section(op, cases, by_arch).splitlines() if line not in report]
+        lines = compile_report.op_section(op, cases, by_arch, traffic).splitlines()
+        missing = [line for line in lines if line not in report]
         assert not missing, f"run make compile-report; not in {compile_report.OUT}: {missing}"
 
 
