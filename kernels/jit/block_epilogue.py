@@ -305,7 +305,8 @@ def compile_cases() -> list[CompileCase]:
         label = f"{maps}{'' if maps == weights else f', weights {weights}'}, {channels}x{side}x{side}"
         shape = {"channels": channels, "side": side, "dtype": dtype, "products": products}
         chosen = plan(BATCH, side * side, channels, channels // 4, dtype, products)
-        small = max(1, chosen.fused_images - 1) if chosen.is_fused else 3
+        is_large = side * side * channels > 2**17
+        small = max(1, chosen.fused_images - 1) if chosen.is_fused else 1 if is_large else 3
         for launch, name in ((_forward_case, "forward"), (_backward_case, "backward")):
             eager = partial(_eager_case, **shape, is_backward=launch is _backward_case)
             run = partial(launch, **shape, chosen=chosen)
