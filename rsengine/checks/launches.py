@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from rsengine.checks.capture import check_step, trace_step, tracing
+from rsengine.checks.costs import H100_BYTES, H100_FLOPS, LAUNCH_SECONDS, kernels_of, predict
 from rsengine.checks.trace import Operation
 from rsengine.config import Recipe, load_recipe
 from rsengine.engine.step import TrainStep
-from rsengine.kernels.dispatch import eager_only
 from rsengine.model import Bottleneck
 from rsengine.model.layers import BatchNorm
 
@@ -61,13 +61,17 @@ Both set gradients to `None`, so that the backward pass writes each one once.
 
 """
 NOTES = """
-An operator is one kernel or more, so these are lower bounds on launches, and time follows from them only where
-launching is what a step waits for; replaying a captured step launches its kernels without the host. A `foreach`
-operator over hundreds of tensors is several kernels, a convolution's backward pass two or three. The fused ones:
-`squeeze_excite` is 1 kernel forward and 2 backward where a sample's map stays on chip, 4 and 5 where it does not;
-`label_smoothed_cross_entropy` 1 or 2, its scaling 1; `sgd_ema_step` and `ema_update` 1 each. Whether a convolution's
+The *kernels* are those that the operators are known to launch (`rsengine/checks/costs.py`); `make gpu-check` compares
+them with what a profiler sees. Replaying a captured step launches its kernels without the host. Whether a convolution's
 weight gradient comes in the layout of its weight depends on the device: here those of the 3x3 convolutions do not, and
-as the plain step does not keep its gradients it pays a copy for each, counted under *gradients*.
+a copy is counted for each under *gradients*.
+
+## On an H100: predicted, not measured
+
+For each operator the largest of three times, added up: {launch} µs a kernel inside a CUDA graph; the bytes of its
+operands and results, as if none were in a cache, at {bandwidth} TB/s; its FLOPs in bfloat16 at {flops} TFLOP/s.
+*Bytes alone* is what the memory would allow if launches and arithmetic cost nothing.
+
 """
 
 
@@ -149,19 +153,43 @@ class PlainStep:
         return [self.loss_sum, self.correct_sum]
 
 
+PREDICTED = (("report-1", 128), ("report-1", 512), ("report-1", 1024), ("quickstart", 256), ("quickstart", 1024))
+
+
 def launch_table() -> str:
     """The text of docs/launches.md."""
     columns: dict[str, Counter[str]] = {}
     for name in RECIPES:
-        columns[f"{name}, plain"], columns[f"{name}, engine"] = count_launches(load_recipe(name))
-    rows = [["part of the step", *columns], ["---", *["---:"] * len(columns)]]
+        plain, engine = step_operations(load_recipe(name))
+        for label, operations in (("plain", plain), ("engine", engine)):
+            columns[f"{name}, {label}"] = _by_part(operations, lambda operation: operation.launches)
+            columns[f"{name}, {label}: kernels"] = _by_part(operations, kernels_of)
+    rows = [["part of the step", *columns]]
     rows += [[part, *(f"{column[part]:,}" for column in columns.values())] for part in PARTS]
     rows.append(["**all**", *(f"**{column.total():,}**" for column in columns.values())])
-    return INTRODUCTION + "".join(f"| {' | '.join(row)} |\n" for row in rows) + NOTES
+    notes = NOTES.format(launch=LAUNCH_SECONDS * 1e6, bandwidth=H100_BYTES / 1e12, flops=round(H100_FLOPS / 1e12))
+    return INTRODUCTION + _table(rows) + notes + _table(_predictions())
 
 
-def count_launches(recipe: Recipe) -> tuple[Counter[str], Counter[str]]:
-    """Operations by part, of the plain step and of the engine's.
+def _predictions() -> list[list[str]]:
+    rows = [["recipe", "batch", "operators", "kernels", "GB", "TFLOP", "ms", "images/s", "bytes alone"]]
+    for name, batch in PREDICTED:
+        recipe = load_recipe(name).with_settings([f"train.batch_size={batch}"])
+        with tracing() as device:
+            found = predict(check_step(*trace_step(recipe, device)).operations)
+        counts = f"{found.operators}", f"{found.kernels}", f"{found.bytes / 1e9:.2f}", f"{found.flops / 1e12:.3f}"
+        rates = (f"{batch / seconds:,.0f}" for seconds in (found.seconds, found.memory_seconds))
+        rows.append([name, f"{batch:,}", *counts, f"{found.seconds * 1e3:.2f}", *rates])
+    return rows
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
+    return "".join(f"| {' | '.join(row)} |\n" for row in lines)
+
+
+def step_operations(recipe: Recipe) -> tuple[Sequence[Operation], Sequence[Operation]]:
+    """The operations of the plain step, and of the engine's.
 
     Raises:
         ValueError: the engine's step of this recipe cannot be captured.
@@ -171,13 +199,16 @@ def count_launches(recipe: Recipe) -> tuple[Counter[str], Counter[str]]:
         engine = check_step(step, inputs)
         if engine.findings:
             raise ValueError(f"recipe {recipe.name}: {engine}")
-        with eager_only():  # the stem's batch norm too
-            plain = check_step(PlainStep(step, recipe), inputs)  # no graph is made of it: its findings do not matter
-    return _by_part(plain.operations), _by_part(engine.operations)
+        plain = check_step(PlainStep(step, recipe), inputs)  # no graph is made of it: its findings do not matter
+    return plain.operations, engine.operations
 
 
-def _by_part(operations: Sequence[Operation]) -> Counter[str]:
-    return Counter(part_of(operation) for operation in operations if operation.launches)
+def _by_part(operations: Sequence[Operation], count: Callable[[Operation], int]) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for operation in operations:
+        if operation.launches:
+            found[part_of(operation)] += count(operation)
+    return found
 
 
 def part_of(operation: Operation) -> str:

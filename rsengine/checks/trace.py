@@ -6,6 +6,7 @@ A dispatch mode sees every operator below autograd and autocast, as a GPU would 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from rsengine.checks.findings import COPY, FAILURE, HOST_TENSOR, SYNCHRONISATION, Finding, Site, innermost_site, origin
 
@@ -31,6 +33,10 @@ class Operand(NamedTuple):
     device: str
     source: tuple  # ("made", operation, output) in this step, ("kept", storage) from before it, () on the host
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -44,6 +50,8 @@ class Operation:
         labels: the :class:`torch.profiler.record_function` blocks it was called in, outermost first; in a backward pass
             those of the operation whose gradient this is, where known.
         launches: whether it gives the device work: neither a view nor an allocation.
+        bytes: of its operands and results, each once, and twice what it changes.
+        flops: of its matrix products and convolutions, where PyTorch has a formula.
     """
 
     name: str
@@ -52,6 +60,8 @@ class Operation:
     forward: Site | None
     labels: tuple[str, ...]
     launches: bool
+    bytes: int = 0
+    flops: int = 0
 
 
 class Origin(NamedTuple):
@@ -119,7 +129,8 @@ class Trace(TorchDispatchMode):
             self.births[storage._cdata] = Birth(StorageWeakRef(storage), len(self.steps), index, output)
         ours = any(self.is_ours(t) for t in (*inputs, *made))
         launches = ours and launches_work(func, inputs, fresh)
-        operations.append(Operation(name, arguments, site, forward, labels, launches))
+        cost = cost_of(func, args, kwargs, outputs) if launches else (0, 0)
+        operations.append(Operation(name, arguments, site, forward, labels, launches, *cost))
         return outputs
 
     def refuse_wait(self, name: str, site: Site | None, forward: Site | None) -> None:
@@ -266,6 +277,22 @@ def launches_work(func: Any, inputs: list[Tensor], fresh: list[Tensor]) -> bool:
     if func._schema.is_mutable or not func._schema.returns:
         return any(t.numel() for t in inputs)
     return any(t.numel() for t in fresh)
+
+
+def cost_of(func: Any, args: Any, kwargs: Any, outputs: Any) -> tuple[int, int]:
+    """What an operator asks of the device: :attr:`Operation.bytes` and :attr:`Operation.flops`."""
+    tensors = {id(t): t for t in tree_leaves((args, kwargs, outputs)) if isinstance(t, Tensor)}
+    moved = sum(t.nbytes for t in tensors.values())
+    if func.overloadpacket not in OVERWRITING:
+        given = zip(func._schema.arguments, args, strict=False)  # what is changed is never given by keyword here
+        changed = [value for spec, value in given if spec.alias_info is not None and spec.alias_info.is_write]
+        moved += sum(t.nbytes for t in tree_leaves(changed) if isinstance(t, Tensor))
+    count = flop_registry.get(func.overloadpacket)
+    return moved, int(count(*args, **kwargs, out_val=outputs)) if count is not None else 0
+
+
+# Write what they change, and do not read it.
+OVERWRITING = {torch.ops.aten.copy_, torch.ops.aten._foreach_copy_, torch.ops.aten.zero_, torch.ops.aten.fill_}
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -16,26 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+from rsengine.checks.costs import kernels_of
 from rsengine.checks.gpu.device import LABEL, Setup, Work, copy_rate, idle_share, product_rate, split_rounds
 from rsengine.checks.gpu.steps import capture, device_batches, make_step
 from rsengine.checks.launches import part_of
-from rsengine.checks.trace import Trace
+from rsengine.checks.trace import Operation, Trace
 from rsengine.config import load_recipe
 
 SHOWN = 20
 UNPLACED = "not placed"
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What an operator asks of the device: the bytes of its operands and results, each once, and FLOPs."""
-
-    bytes: int
-    flops: int
 
 
 @dataclass(frozen=True)
@@ -70,15 +60,17 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
             step(*inputs)
 
     for _ in range(2):  # the first allocates; the second is the one that the profiler sees
-        trace = LabellingTrace(device.device.type)
         launches = device.launches(labelled)
-    kernels = place(split, launches, [part_of(operation) for operation in trace.steps[-1]], trace.costs)
+    operations = trace.steps[-1]
+    kernels = place(split, launches, operations, [part_of(operation) for operation in operations])
     copy, product = copy_rate(device), product_rate(device)
     return summary(kernels) | {
         "batch_size": recipe.train.batch_size,
         "step_ms": (work[-1].end - work[0].start) / (setup.profiled_steps + 1) / 1e3,
         "idle_share": idle_share([each for part in split for each in part]),
-        "operators": sum(operation.launches for operation in trace.steps[-1]),
+        "operators": sum(operation.launches for operation in operations),
+        "kernels_expected": sum(kernels_of(operation) for operation in operations),
+        "other_than_expected": differences(operations, launches),
         "copy_gb_per_s": copy / 1e9,
         "product_tflop_per_s": product / 1e12,
         "wrong": [],
@@ -86,41 +78,41 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
 
 
 class LabellingTrace(Trace):
-    """Runs every operator under a profiler label with its number, and notes what it costs."""
-
-    def __init__(self, device_type: str) -> None:
-        super().__init__(device_type)
-        self.costs: list[Cost] = []
+    """Runs every operator under a profiler label with its number in its step."""
 
     def refuse_wait(self, *_: Any) -> None:
         """A real tensor has a value, and this run may wait for it."""
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        with torch.profiler.record_function(f"{LABEL}{len(self.costs)}"):
-            outputs = func(*args, **kwargs)
-        self.costs.append(cost(func, args, kwargs, outputs))
-        return outputs
+        with torch.profiler.record_function(f"{LABEL}{len(self.steps[-1])}"):
+            return func(*args, **kwargs)
 
 
-def cost(func: Any, args: Any, kwargs: Any, outputs: Any) -> Cost:
-    tensors = {id(t): t for t in tree_leaves((args, kwargs, outputs)) if isinstance(t, Tensor)}
-    count = flop_registry.get(func.overloadpacket)
-    flops = count(*args, **kwargs, out_val=outputs) if count is not None else 0
-    return Cost(sum(t.numel() * t.element_size() for t in tensors.values()), int(flops))
+def differences(operations: Sequence[Operation], launches: Sequence[tuple[int, Sequence[str]]]) -> list[dict[str, Any]]:
+    """The operators that launch another number of kernels than :func:`kernels_of` has for them, and how often."""
+    found = Counter()
+    for number, names in launches:
+        operation = operations[number]
+        if len(names) != kernels_of(operation):
+            found[operation.name, kernels_of(operation), len(names)] += 1
+    return [
+        {"operator": name, "expected": expected, "kernels": kernels, "count": count}
+        for (name, expected, kernels), count in found.most_common()
+    ]
 
 
 def place(
     rounds: Sequence[Sequence[Work]],
     launches: Sequence[tuple[int, Sequence[str]]],
+    operations: Sequence[Operation],
     parts: Sequence[str],
-    costs: Sequence[Cost],
 ) -> list[Kernel]:
     """The kernels of a replay, each with the part of the step that its operator belongs to.
 
     Args:
         rounds: of some replays, alike; times are medians over them.
         launches: of the plain step, by operator: its number and its kernels' names.
-        parts, costs: of the operators, by number.
+        operations, parts: of the operators, by number.
     """
     names = [work.name for work in rounds[0]]
     times = [statistics.median(work.microseconds for work in column) for column in zip(*rounds, strict=True)]
@@ -139,7 +131,7 @@ def place(
             kernels.append(Kernel(name, time, UNPLACED, 0, 0))
             continue
         share = time / totals[operator] if totals[operator] else 0.0
-        own = costs[operator]
+        own = operations[operator]
         kernels.append(Kernel(name, time, parts[operator], own.bytes * share, own.flops * share))
     return kernels
 
