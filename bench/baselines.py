@@ -1,6 +1,6 @@
 """What people would train a ResNet-RS with instead, as one callable a step: timm in a plain loop, and the report's own.
 
-All take the same network, batch, optimiser, label smoothing and average as rsengine's step beside them.
+All take the same network, batch, optimiser, label smoothing and EMA as rsengine's step beside them.
 """
 
 from __future__ import annotations
@@ -81,15 +81,15 @@ def without_native(case: Case) -> Callable[[], None]:
 
 
 class PlainLoop:
-    """forward, loss, backward, SGD, average: a loop as a tutorial has it. Images come as normalised float32.
+    """Forward, loss, backward, SGD, EMA: a loop as in a tutorial. Images come as normalised float32.
 
     Args:
-        average: called after each step of the optimiser.
+        update_ema: called after each step of the optimiser.
         autocast: bfloat16 autocast of the forward pass and the loss.
     """
 
-    def __init__(self, model: nn.Module, average: Callable[[], None], *, autocast: bool = False) -> None:
-        self.model, self.average, self.autocast = model, average, autocast
+    def __init__(self, model: nn.Module, update_ema: Callable[[], None], *, autocast: bool = False) -> None:
+        self.model, self.update_ema, self.autocast = model, update_ema, autocast
         self.optimizer = torch.optim.SGD(model.parameters(), **SGD)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=SMOOTHING)
 
@@ -101,7 +101,7 @@ class PlainLoop:
             loss = self.criterion(logits, labels)
         loss.backward()
         self.optimizer.step()
-        self.average()
+        self.update_ema()
         return loss.detach(), logits.detach()
 
 
@@ -121,7 +121,7 @@ def timm_loop(
     compile: str | None = None,
     device: torch.device | str = "cpu",
 ) -> Callable[[], object]:
-    """timm's resnetrs50 in a plain loop, with timm's average of the weights, on a batch that is on ``device``.
+    """timm's resnetrs50 in a plain loop, with timm's EMA of the weights, on a batch that is on ``device``.
 
     ``compile``: a mode of ``torch.compile``.
     """
@@ -136,7 +136,7 @@ def timm_loop(
 
 
 def report_loop(case: Case) -> Callable[[], object]:
-    """The report's loop with its settings: PIL augmentation an image at a time, float32, an average kept by name. The
+    """The report's loop with its settings: PIL augmentation an image at a time, float32, an EMA kept by name. The
     network is rsengine's, because most of the report's own got no gradient; its arithmetic is by PyTorch's operators,
     as the report has it. No workers: they would share the cores."""
     network = resnet_rs(
@@ -152,7 +152,7 @@ def report_loop(case: Case) -> Callable[[], object]:
     shadow = {name: p.detach().clone() for name, p in network.named_parameters()}
 
     @torch.no_grad()
-    def average() -> None:
+    def update_ema() -> None:
         for name, p in network.named_parameters():
             shadow[name] = 0.995 * shadow[name] + (1 - 0.995) * p
 
@@ -167,7 +167,7 @@ def report_loop(case: Case) -> Callable[[], object]:
         ]
     )
     pictures = [Image.fromarray(image) for image in case.pixels().numpy()]
-    labels, loop = case.labels(), PlainLoop(network, average)
+    labels, loop = case.labels(), PlainLoop(network, update_ema)
     return eager_only()(lambda: loop(torch.stack([pipeline(picture) for picture in pictures]), labels))
 
 

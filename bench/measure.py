@@ -71,8 +71,8 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * source.element_size() / statistics.median(times)
 
 
-def measure(benchmark, run: Callable[[], object], floor_bytes: int, **compared: Callable[[], object]) -> None:
-    """Time ``run``; note GB/s of the bytes that must move, the fraction of a copy's, and how much faster it is.
+def measure(benchmark, run: Callable[[], object], bytes_moved: int, **compared: Callable[[], object]) -> None:
+    """Time ``run``; note GB/s of the bytes that must move, its fraction of a copy's rate, and ratios of times.
 
     ``compared``: named callables that do the same work, each timed in turn with ``run``.
     """
@@ -85,10 +85,10 @@ def measure(benchmark, run: Callable[[], object], floor_bytes: int, **compared: 
 
     benchmark.pedantic(once, rounds=int(min(200, max(7, 0.5 / about))), warmup_rounds=1)
     info = benchmark.extra_info
-    info |= {"floor_bytes": floor_bytes, "device": str(DEVICE)}
+    info |= {"bytes_moved": bytes_moved, "device": str(DEVICE)}
     for name, other in compared.items():
         info[f"times_faster_than_{name}"] = round(ratio(other, run), 2)
         info["pairs"] = PAIRS
     if benchmark.stats is not None:  # None under --benchmark-disable
-        rate = floor_bytes / benchmark.stats.stats.median
+        rate = bytes_moved / benchmark.stats.stats.median
         info |= {"GB/s": round(rate / 1e9, 2), "of_copy_bandwidth": round(rate / copy_bandwidth(), 3)}

@@ -65,7 +65,7 @@ def test_squeeze_excite_residual(benchmark, shape, with_backward, impl):
 @pytest.mark.parametrize("op", [batch_norm, batch_norm_squeeze_excite_residual], ids=lambda op: op.__name__)
 def test_batch_norm(benchmark, op, shape, with_backward, impl):
     n, c, side = shape
-    tail = op is batch_norm_squeeze_excite_residual
+    epilogue = op is batch_norm_squeeze_excite_residual
     scale = [torch.randn(c, device=DEVICE) for _ in range(2)]
     buffers = torch.zeros(c, device=DEVICE), torch.ones(c, device=DEVICE)
     weights = squeeze_excite_weights(c)
@@ -76,8 +76,10 @@ def test_batch_norm(benchmark, op, shape, with_backward, impl):
         def run():
             x, shortcut, dy = next_inputs()
             with torch.autocast(DEVICE.type, torch.bfloat16), torch.set_grad_enabled(with_backward):
-                leaves = [t.requires_grad_(with_backward) for t in (x, *scale, *((*weights, shortcut) if tail else ()))]
-                rest = leaves[3:] if tail else [0.1, 1e-5, True]
+                leaves = [
+                    t.requires_grad_(with_backward) for t in (x, *scale, *((*weights, shortcut) if epilogue else ()))
+                ]
+                rest = leaves[3:] if epilogue else [0.1, 1e-5, True]
                 y = function(*leaves[:3], *buffers, *rest)
             if with_backward:
                 torch.autograd.grad(y, leaves, dy)
@@ -88,7 +90,7 @@ def test_batch_norm(benchmark, op, shape, with_backward, impl):
     eager = runner(implementation("eager", op, getattr(reference, op.__name__)))
     # The passes counted in kernels/batch_normalization.py and block_epilogue.py, of 2 bytes each; of small maps Triton
     # needs fewer, so that its rate can pass a copy's.
-    passes = 4 + 8 * with_backward if tail else 3 + 5 * with_backward
+    passes = 4 + 8 * with_backward if epilogue else 3 + 5 * with_backward
     measure(benchmark, run, 2 * passes * n * c * side * side, eager=eager)
 
 

@@ -1,8 +1,7 @@
 """One training step: rsengine as a user gets it by default, alone and beside what people would use instead.
 
-``test_beside_baselines`` is what `make bench-train` runs: every contender has a process of its own and steps once in
-each round, in turn (A B C ... A B C ...), so that what slows the machine slows them alike. Ratios are taken within a
-round.
+``test_beside_baselines`` is what `make bench-train` runs: each step has a process of its own and runs once in each
+round, in turn (A B C ... A B C ...), so that what slows the machine slows them alike. Ratios are taken within a round.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from bench.baselines import BASELINES, Case, matmul_rate, rsengine_step
-from bench.contender import OURS, Apart
+from bench.own_process import OURS, OwnProcess
 from rsengine.config import load_recipe
 from rsengine.device import choose_execution, keep_freed_memory
 from rsengine.engine.build import build_step
@@ -48,22 +47,22 @@ def test_beside_baselines(benchmark, case):
     peak = matmul_rate()
     peaks: list[float] = []
     with contextlib.ExitStack() as stack:
-        contenders, warm_up = {}, {}
+        processes, warm_up = {}, {}
         for name in (OURS, *BASELINES):
-            contenders[name] = stack.enter_context(contextlib.closing(Apart(name, case)))
-            warm_up[name] = contenders[name].step()
+            processes[name] = stack.enter_context(contextlib.closing(OwnProcess(name, case)))
+            warm_up[name] = processes[name].step()
             print(f"\n{case}: {name}: first step {warm_up[name]:.1f} s", end="", flush=True)
-        for contender in contenders.values():
-            contender.step()
-        times: dict[str, list[float]] = {name: [] for name in contenders}
+        for process in processes.values():
+            process.step()
+        times: dict[str, list[float]] = {name: [] for name in processes}
 
         def ours():
-            times[OURS].append(contenders[OURS].step())
+            times[OURS].append(processes[OURS].step())
 
         def others():
             peaks.append(peak())
             for name in BASELINES:
-                times[name].append(contenders[name].step())
+                times[name].append(processes[name].step())
 
         benchmark.pedantic(ours, setup=others, rounds=ROUNDS)
     if benchmark.stats is None:  # --benchmark-disable

@@ -17,11 +17,11 @@ def table(results: dict) -> str:
             f"`make bench-train` on {results['datetime'][:10]}: {processor.get('brand_raw', 'unknown processor')}, "
             f"{cases[0]['threads']} threads; {packages}.",
             "",
-            "Every contender has a process of its own and steps once a round, in turn. Images/s are medians over the "
+            "Each step has a process of its own and runs once a round, in turn. Images/s are medians over the "
             'rounds; "rsengine is" is the median of the ratios taken within each round, with their quartiles. "Of '
             "bf16\" is the rate of the network's multiply-adds (three times the forward pass) over that of a "
-            "2048x2048x2048 bfloat16 matrix product measured in the same rounds. The first step holds what a contender "
-            "compiles or tunes.",
+            "2048x2048x2048 bfloat16 matrix product measured in the same rounds. The first step includes compiling and "
+            "tuning.",
         ]
     for case in cases:
         lines += [

@@ -151,7 +151,7 @@ class ScheduleSection:
 class EmaSection:
     """Exponential moving average of the weights and batch-norm buffers."""
 
-    enabled: bool = _flag(True, help="keep, evaluate and save an average")
+    enabled: bool = _flag(True, help="keep, evaluate and save an EMA")
     decay: float = _number(0.9999, 0.0, 1.0, help="decay a step")
     warmup: bool = _flag(True, help="use min(decay, (1 + n) / (10 + n)) at step n")
 

@@ -80,7 +80,7 @@ def learning_rate_table(
 def ema_decay_table(decay: float, steps: int, *, warmup: bool = True) -> np.ndarray:
     """The EMA decay of every step n = 0, 1, ...: ``min(decay, (1 + n) / (10 + n))`` with ``warmup``, else constant.
 
-    The warm-up keeps an average over a short run from being an average of its random start.
+    The warm-up keeps the EMA of a short run from being dominated by the random initialisation.
 
     Returns:
         float64 (steps,).

@@ -215,7 +215,7 @@ class Trainer:
                 shutil.copyfile(self.out / CHECKPOINT_FILE, temporary)
 
     def evaluate(self) -> dict[str, Evaluation]:
-        """Measure the raw and, where there is one, the averaged network on the test set; kept in :attr:`result`."""
+        """Measure the network and, if there is one, its EMA on the test set. The result is kept in :attr:`result`."""
         self.result = self.evaluation.measure(self.batches.test_epoch(), self.captured_evaluation)
         return self.result
 

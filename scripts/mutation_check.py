@@ -179,7 +179,7 @@ FAULTS = [
     ),
     ("weight decay is missing", EMA, ".to(tl.float32) + weight_decay * p", ".to(tl.float32)", EMA_TESTS),
     (
-        "the average takes the parameter before rounding",
+        "the EMA takes the parameter before rounding",
         EMA,
         "p = (p - lr * step).to(p_ptrs.dtype.element_ty)\n    tl.store(p_ptrs, p,",
         "p = p - lr * step\n    tl.store(p_ptrs, p.to(p_ptrs.dtype.element_ty),",

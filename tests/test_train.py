@@ -119,7 +119,7 @@ def test_a_run_learns_and_leaves_every_record(toy, capsys, toy_dataset):
     assert f"{epochs[-1]['test_accuracy_ema']:.2%}".rstrip("%") in report and "curves.png" in report
     best = max(epochs, key=lambda e: e["test_accuracy_ema"])
     assert load_checkpoint(Path("run/best.pt"))["epoch"] == best["epoch"]
-    # The saved weights are the averaged ones, and the evaluate command gets the same accuracy from them.
+    # The saved weights are the EMA, and the evaluate command gets the same accuracy from them.
     weights, state = load_weights("run"), state_of("run")
     assert torch.equal(weights.model.fc.weight, state["step"]["ema"]["fc.weight"])
     assert not torch.equal(weights.model.fc.weight, state["step"]["model"]["fc.weight"])

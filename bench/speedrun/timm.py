@@ -3,7 +3,7 @@
 What one would train a ResNet-RS with instead of rsengine, in the fastest form in bench/results/train-step.md: bfloat16
 autocast, channels_last and torch.compile. The recipe is the usual one of CIFAR-10: SGD with Nesterov momentum at 0.1
 for 128 images, weight decay 5e-4, one cycle that ends at 0, crop of 4 padded pixels, flip, label smoothing 0.1, and
-timm's average of the weights. Images go through torchvision's transforms in two workers.
+timm's EMA of the weights. Images go through torchvision's transforms in two workers.
 
 The folder gets rsengine's ``metrics.jsonl``, so that `python -m bench.speedrun.table` draws both, and after each epoch
 a checkpoint: the same command goes on from it. Minutes count compiling, training and evaluation.
@@ -61,7 +61,7 @@ class Pictures(Dataset):
 
 
 class TimmRun:
-    """The network, its average, its optimiser and schedule.
+    """The network, its EMA, its optimiser and schedule.
 
     Args:
         model: a network of timm's.

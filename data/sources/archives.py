@@ -254,5 +254,5 @@ def restricted_loads(data: bytes, name: str) -> Any:
     try:
         return _Unpickler(io.BytesIO(data), encoding="latin1").load()
     except Exception as error:
-        # A made-up pickle can make the machine of the pickle module raise nearly anything.
+        # A made-up pickle can make the machine of the pickle module raise almost anything.
         raise DataError(f"{name}: refused or damaged pickle ({error}); get the official file again") from error

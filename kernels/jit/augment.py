@@ -91,7 +91,7 @@ def _case(name, dtype, *, crop_padding=0, flip=0, slots=None, bilinear=False, ho
             policy, normalise, normalise, dtype,
         )  # fmt: skip
         streams = {"images out": Stream([out], 0, 1)}
-        # A crop reads less of an image the further it reaches over the border: no fixed floor.
+        # A crop reads less of an image the further it reaches over the border: how much is not fixed.
         return streams if crop_padding else {"images in": Stream([images], 1, 0), **streams}
 
     def eager(kernels: ModuleType, n: int) -> Callable[[], object]:

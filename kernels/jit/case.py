@@ -25,7 +25,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Stream:
-    """A large operand, and how often each of its bytes crosses the memory bus in one call: the floor, term by term.
+    """A large operand, and how often each of its bytes must cross the memory bus in one call.
 
     library_reads: by products of PyTorch's library, which the interpreter does not see; beside ``reads``.
     """
@@ -49,7 +49,7 @@ class CompileCase:
     launch: ``launch(size)`` makes its operands with ``torch.empty`` on the CPU, calls the op's launcher and returns the
         large operands by name. Under the offline compiler nothing runs; under the interpreter it counts bytes.
     size: the real size (the batch; for the multi-tensor ops the number of parameters): report and predicted time.
-    small: a size the interpreter can run, at which the bytes of each stream are counted and must equal its floor.
+    small: a size the interpreter can run, at which the bytes of each stream are counted and must equal what it says.
     budgets: by kernel function name; every kernel the launcher launches has one.
     eager: ``eager(kernels, size)`` makes the same operands, with values that eager code may see, and returns a function
         that does with the public op of ``kernels`` (:mod:`rsengine.kernels`), in PyTorch's operators, what ``launch``

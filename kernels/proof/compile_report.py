@@ -66,11 +66,11 @@ Written by `python -m rsengine.kernels.proof.compile_report` (`make compile-repo
   registers, spills, shared memory, the width of global loads and stores. ptxas {ptxas} (sm_80, sm_90),
   {ptxas_blackwell} (sm_100); `cuobjdump` and `nvdisasm` of the same wheel; for gfx942 Triton's LLVM.
 - **Counted** by Triton's interpreter from the addresses and masks of every load and store, at a small size: the bytes
-  of each large operand. They equal the floor, the bytes that must cross the memory bus, or this file is not written.
+  of each large operand. They equal the bytes that must cross the memory bus, or this file is not written.
   A form that has to read an operand twice, because it does not fit on chip, shows `2 ×`. Only the operands named in
   the tables count: biases, (N, C) intermediates and pointer tables do not, and weights count once, though each tile
   of samples after the first reads them again, from the GPU's second-level cache.
-- **Predicted**: the time is the floor at the real size over the GPU's published bandwidth; no kernel can be faster on
+- **Predicted**: the time is the roofline bound: the bytes moved at the real size over the GPU's published bandwidth; no kernel can be faster on
   operands that do not fit in its caches, and none is promised to be as fast. Where that is longer (marked †), it is the
   time in which one multiprocessor loads what the longest program of each launch does, at {loaded} bytes a clock: a few
   programs that each read large weights wait for their own multiprocessor, not for the card. Those bytes are counted at
@@ -125,21 +125,21 @@ def all_cases() -> dict[str, list[CompileCase]]:
     return {op: importlib.import_module(f"..jit.{op}", __package__).compile_cases() for op in OPS}
 
 
-def predicted(arch: str, floor: int, longest: Sequence[int]) -> tuple[float, bool]:
+def predicted(arch: str, moved: int, longest: Sequence[int]) -> tuple[float, bool]:
     """``(seconds, whether single programs are the reason)``: what neither the card's bandwidth nor, launch by launch,
     that of one multiprocessor allows to be shorter.
 
     Args:
-        floor: bytes that cross the memory bus.
+        moved: bytes that cross the memory bus.
         longest: of each launch, the bytes that its longest program loads.
     """
     gpu = GPUS[arch]
-    card, programs = floor / gpu.bandwidth, sum(longest) / (LOADED_A_CLOCK * gpu.clock)
+    card, programs = moved / gpu.bandwidth, sum(longest) / (LOADED_A_CLOCK * gpu.clock)
     return max(card, programs), programs > card
 
 
 def miscounted(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """The streams of one case (of its part of ``traffic``'s answer) whose counted bytes differ from the floor."""
+    """The streams of one case (of its part of ``traffic``'s answer) whose counted bytes are not the expected ones."""
     return [
         f"{stream}, bytes {verb}: expected {count[f'expected_{verb}']}; got {count[verb]}"
         for stream, count in counts.items()
@@ -178,7 +178,7 @@ def op_section(
             for way in (1, 2)
         )
         moved.append(
-            f"| {case.name} | {case.size:,} | {_bytes(any_arch.floor)} | {any_arch.floor / any_arch.elements:.4g} B "
+            f"| {case.name} | {case.size:,} | {_bytes(any_arch.bytes)} | {any_arch.bytes / any_arch.elements:.4g} B "
             f"| {read} | {written} | {case.small:,} |"
         )
         for arch, each in by_arch.items():
@@ -189,7 +189,7 @@ def op_section(
 def _rows(name: str, arch: str, compiled: CompiledCase, longest: Sequence[int]) -> list[str]:
     """A row for each kernel of a case; what belongs to the whole case stands in the first."""
     rows = []
-    head = f"| {name} | {arch} | {_bytes(compiled.floor)} | {_microseconds(*predicted(arch, compiled.floor, longest))} "
+    head = f"| {name} | {arch} | {_bytes(compiled.bytes)} | {_microseconds(*predicted(arch, compiled.bytes, longest))} "
     for launch in compiled.launches:
         code = launch.code
         spills = f"**{code.spilled}**" if code.spilled else "0"

@@ -303,7 +303,7 @@ class _AllowEverythingMade(TorchDispatchMode):
 def measure() -> dict[str, dict[str, Any]]:
     """Run every compile case at its small size: ``{case: {"streams": ..., "longest": ...}}``, all in bytes.
 
-    streams: ``{stream: {read, written, expected_read, expected_written}}``; the expected ones are the floor: what the
+    streams: ``{stream: {read, written, expected_read, expected_written}}``; the expected ones are what the
     case says its streams must move. longest: as in :class:`Traffic`.
     """
     from .. import jit

@@ -89,8 +89,8 @@ class CompiledCase:
     elements: int
 
     @property
-    def floor(self) -> int:
-        """Bytes that cross the memory bus at the least."""
+    def bytes(self) -> int:
+        """The bytes that must cross the memory bus."""
         return sum(size * (reads + writes) for size, reads, writes in self.streams.values())
 
 

@@ -5,13 +5,13 @@ import contextlib
 import pytest
 
 from bench.baselines import BASELINES, Case
-from bench.contender import Apart
+from bench.own_process import OwnProcess
 
 COMPILED = "timm, channels_last, bfloat16, torch.compile"  # a minute of compiling: left to `make bench-train`
 
 
 @pytest.mark.parametrize("name", sorted(BASELINES.keys() - {COMPILED}))
-def test_a_contender_steps(name):
+def test_a_baseline_steps(name):
     case = Case(26, stem_width=8, stem_stride=2, size=32, batch=4)
-    with contextlib.closing(Apart(name, case)) as contender:
-        assert contender.step() > 0
+    with contextlib.closing(OwnProcess(name, case)) as process:
+        assert process.step() > 0

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from bench.baselines import Case
-from bench.contender import OURS, Apart
 from bench.markdown import write_section
+from bench.own_process import OURS, OwnProcess
 from bench.scaling import AXES, DOCUMENT, H100_BYTES, H100_FLOPS, Point, draw, measure, predicted, rows_of, text
 from bench.speedrun import pictures, runs
 from bench.speedrun import run as speedrun
@@ -62,9 +62,9 @@ def test_a_point_is_measured_in_its_own_processes_and_a_slow_one_is_said():
     assert "failed" in measure(Point(depth=27), 60)
 
 
-def test_a_contender_steps_in_its_own_process_and_says_that_it_ended():
+def test_a_step_runs_in_its_own_process_and_says_that_it_ended():
     case = Case(26, stem_width=8, stem_stride=2, size=32, batch=2)
-    with contextlib.closing(Apart(OURS, case)) as ours:
+    with contextlib.closing(OwnProcess(OURS, case)) as ours:
         assert ours.step() > 0
         ours.process.kill()
         with pytest.raises(RuntimeError, match="rsengine: its process ended"):

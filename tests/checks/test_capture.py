@@ -32,7 +32,7 @@ OPTIONS = {
     "mixup or cutmix": ["augment.mixup_alpha=0.2", "augment.cutmix_alpha=1.0"],
     "float32": ["train.precision=fp32"],
     "random depth": ["model.drop_path=0.2", "model.dropout=0.3"],
-    "no average": ["ema.enabled=false"],
+    "no EMA": ["ema.enabled=false"],
     "muon": ["optimizer.name=muon"],
     "no momentum": ["optimizer.momentum=0.0", "optimizer.nesterov=false"],
     "resized": ["train.start_scale=0.5"],
@@ -127,9 +127,9 @@ def test_every_recipe_can_be_captured(elsewhere, name):
     assert names.count("rsengine.batch_norm") == names.count("rsengine.batch_norm_backward") >= 6
     assert not any("native_batch_norm" in name for name in names)
     once = ("label_smoothed_cross_entropy", "scale_gradient_", "sgd_ema_step", "ema_update")
-    averages = 2 if load_recipe(name).optimizer.name == "muon" else 1  # of what Muon updates, and of the buffers
+    ema_updates = 2 if load_recipe(name).optimizer.name == "muon" else 1  # of what Muon updates, and of the buffers
     # SGD of what has bfloat16 copies, and of batch norm's parameters.
-    assert [names.count(f"rsengine.{op}") for op in once] == [1, 1, 2, averages]
+    assert [names.count(f"rsengine.{op}") for op in once] == [1, 1, 2, ema_updates]
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,7 @@ def test_fifty_replays_equal_fifty_plain_steps_bit_for_bit(settings, execution, 
 
 def test_building_a_captured_step_leaves_no_trace():
     step = make()
-    for images, labels in batches(3):  # so that momentum, averages and sums are not zero
+    for images, labels in batches(3):  # so that momentum, EMA and sums are not zero
         step(images, labels)
     before, rng = state_of(step), torch.get_rng_state()
     capture(step)

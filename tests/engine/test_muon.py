@@ -92,7 +92,7 @@ def test_the_step_gives_convolutions_to_muon_and_all_else_to_sgd():
             torch.nn.init.ones_(p)
     convolutions = [p.dim() == 4 for p in step.update.params]
     assert len(step.update.muon.params) == sum(convolutions) and 0 < sum(convolutions) < len(step.update.params)
-    before, averages = ([t.detach().clone() for t in tensors] for tensors in (step.update.params, step.update.shadow))
+    before, emas = ([t.detach().clone() for t in tensors] for tensors in (step.update.params, step.update.shadow))
     for one in (plain, step):
         one(*next(batches(1)))
     for ours, theirs, old, convolution in zip(
@@ -103,8 +103,8 @@ def test_the_step_gives_convolutions_to_muon_and_all_else_to_sgd():
             angle = torch.nn.functional.cosine_similarity(ours.detach().flatten(), old.flatten(), dim=0)
             assert float(angle) == pytest.approx(1 - 0.02**2 / 2, abs=1e-4)
     decay = step.update.decay_table[0]
-    for average, p, old in zip(step.update.shadow, step.update.params, averages, strict=True):
-        torch.testing.assert_close(average, decay * old + (1 - decay) * p.detach())
+    for ema, p, old in zip(step.update.shadow, step.update.params, emas, strict=True):
+        torch.testing.assert_close(ema, decay * old + (1 - decay) * p.detach())
 
 
 def test_a_step_of_rate_zero_leaves_the_directions():

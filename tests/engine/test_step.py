@@ -77,7 +77,7 @@ def test_twenty_steps_equal_stock_pytorch():
         momentum=0.9,
         nesterov=True,
     )
-    average = {name: value.clone() for name, value in twin.state_dict().items()}
+    ema = {name: value.clone() for name, value in twin.state_dict().items()}
     losses = 0.0
     for n, (images, labels) in enumerate(batches(20)):
         for group in optimizer.param_groups:
@@ -93,13 +93,13 @@ def test_twenty_steps_equal_stock_pytorch():
         decay = min(0.8, (1 + n) / (10 + n))
         for name, value in twin.state_dict().items():
             if value.is_floating_point():
-                average[name].mul_(decay).add_(value, alpha=1 - decay)
+                ema[name].mul_(decay).add_(value, alpha=1 - decay)
         step(images, labels)
-    ours, averaged = step.model.state_dict(), step.ema_model.state_dict()
+    ours, ours_ema = step.model.state_dict(), step.ema_model.state_dict()
     for name, value in twin.state_dict().items():
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=name)
         if value.is_floating_point():
-            torch.testing.assert_close(averaged[name], average[name], rtol=1e-4, atol=1e-5, msg=name)
+            torch.testing.assert_close(ours_ema[name], ema[name], rtol=1e-4, atol=1e-5, msg=name)
     totals = step.read_totals()
     assert totals.loss == pytest.approx(losses, rel=1e-3) and totals.images == 160 and totals.first_bad_step == -1
     assert step.read_totals().images == 0  # reading starts the sums again
@@ -120,8 +120,8 @@ def test_weight_decay_spares_batch_norm_and_biases_unless_asked():
     assert set(build(small(), "optimizer.decay_bn_and_bias=true").update.weight_decay) == {0.01}
 
 
-def test_the_average_is_used_it_differs_and_includes_batch_norm_buffers():
-    """The report's average was never evaluated, saved or applied, and ignored the buffers."""
+def test_the_ema_is_used_it_differs_and_includes_batch_norm_buffers():
+    """The report's EMA was never evaluated, saved or applied, and ignored the buffers."""
     step = build(small())
     start = {name: value.clone() for name, value in step.ema_model.state_dict().items()}
     for images, labels in batches(8):

@@ -185,7 +185,7 @@ def test_all_state_keeps_its_addresses_and_each_gradient_is_new():
         assert all(leaf.grad is None for leaf in (*step.update.params, *step.update.copies.values()))
 
 
-@pytest.mark.parametrize("settings", [["ema.enabled=false"], EVERYTHING], ids=["no average", "everything"])
+@pytest.mark.parametrize("settings", [["ema.enabled=false"], EVERYTHING], ids=["no EMA", "everything"])
 def test_steps_leave_no_trace_once_the_state_is_copied_back(settings):
     step = run(build(random_small(), *settings), 2)
     addresses = [t.data_ptr() for t in step.state_tensors()]
@@ -279,7 +279,7 @@ def test_twenty_steps_with_everything_equal_stock_pytorch():
     step = build(random_small(), *EVERYTHING, "optimizer.decay_bn_and_bias=true")
     twin = copy.deepcopy(step.model)
     optimizer = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
-    average = {name: value.clone() for name, value in twin.state_dict().items() if value.is_floating_point()}
+    ema = {name: value.clone() for name, value in twin.state_dict().items() if value.is_floating_point()}
     losses, correct, clipped = 0.0, 0, 0
     torch.manual_seed(11)
     for n, (images, labels) in enumerate(batches(20)):
@@ -296,16 +296,16 @@ def test_twenty_steps_with_everything_equal_stock_pytorch():
         optimizer.step()
         decay = min(0.8, (1 + n) / (10 + n))
         for name, value in twin.state_dict().items():
-            if name in average:
-                average[name].mul_(decay).add_(value, alpha=1 - decay)
+            if name in ema:
+                ema[name].mul_(decay).add_(value, alpha=1 - decay)
     torch.manual_seed(11)
     for images, labels in batches(20):
         step(images, labels)
-    ours, averaged = step.model.state_dict(), step.ema_model.state_dict()
+    ours, ours_ema = step.model.state_dict(), step.ema_model.state_dict()
     for name, value in twin.state_dict().items():
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4, msg=name)
-        if name in average:
-            torch.testing.assert_close(averaged[name], average[name], rtol=1e-3, atol=1e-4, msg=name)
+        if name in ema:
+            torch.testing.assert_close(ours_ema[name], ema[name], rtol=1e-3, atol=1e-4, msg=name)
     totals = step.read_totals()
     assert (
         totals.loss == pytest.approx(losses, rel=1e-3) and totals.images == 160 and abs(totals.correct - correct) <= 1

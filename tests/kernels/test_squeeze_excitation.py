@@ -55,7 +55,7 @@ def test_matches_the_reference_in_output_and_every_gradient(shape, dtype, memory
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("keep", [None, "some"], ids=["every branch kept", "stochastic depth"])
-def test_residual_tail_matches_the_reference(shape, dtype, keep):
+def test_the_block_epilogue_matches_the_reference(shape, dtype, keep):
     x, weights, shortcut = inputs(shape, dtype)
     upstream = inputs(shape, dtype, seed=1)[0].detach()
     scale = None if keep is None else torch.tensor([0.0, 1.25, 2.0])[: shape[0]]

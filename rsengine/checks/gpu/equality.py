@@ -73,7 +73,7 @@ def first_difference(number: int, plain: TrainStep, captured: TrainStep, *losses
 
 
 def tensor_differences(plain: TrainStep, captured: TrainStep) -> list[tuple[str, float]]:
-    """Name and :func:`difference` of each weight, average and buffer of two steps."""
+    """Name and :func:`difference` of each weight and buffer of two steps, and of their EMA."""
     named, other = dict(_named(plain)), dict(_named(captured))
     return list(zip(named, difference(list(named.values()), list(other.values())), strict=True))
 

@@ -335,7 +335,7 @@ def test_a_batch_that_fits_one_program_is_one_launch(n, c, tile):
 @pytest.mark.skipif(not INTERPRETED, reason="only the interpreter counts bytes")
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # soft targets that nobody filled
 @pytest.mark.parametrize("case", launchers.compile_cases(), ids=lambda case: case.name)
-def test_every_stream_crosses_the_bus_as_often_as_its_floor_says(case):
+def test_every_stream_crosses_the_bus_as_often_as_it_says(case):
     from rsengine.kernels.proof import interpreter
 
     with interpreter.count_traffic() as traffic:

@@ -102,23 +102,23 @@ def check_plain(shape, dtype, device):
 
 
 @pytest.mark.parametrize("shape", [*STEM_STRIDE_2, *STEM_STRIDE_1], ids=str)
-def test_the_tail_at_every_stage_of_resnet_rs_50(shape, device):
+def test_the_block_epilogue_at_every_stage_of_resnet_rs_50(shape, device):
     check_residual(shape, torch.bfloat16, device, weight_dtype=torch.float32)  # autocast's dtypes
 
 
 @pytest.mark.parametrize("shape", BATCHES, ids=str)
-def test_the_tail_at_every_batch(shape, device):
+def test_the_block_epilogue_at_every_batch(shape, device):
     check_residual(shape, torch.bfloat16, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*ODD, (2, 256, 8, 8, 64)], ids=str)
-def test_the_tail_at_odd_shapes(shape, dtype, device):
+def test_the_block_epilogue_at_odd_shapes(shape, dtype, device):
     check_residual(shape, dtype, device, keep=shape[0] % 2 == 1)
 
 
 @pytest.mark.parametrize("shape", IMAGENET, ids=str)
-def test_the_tail_in_two_passes_at_imagenet_shapes(shape, device):
+def test_the_block_epilogue_in_two_passes_at_imagenet_shapes(shape, device):
     assert not launchers.plan(shape[2] * shape[3], shape[1], shape[4], torch.bfloat16, torch.bfloat16).is_single_pass
     check_residual(shape, torch.bfloat16, device)
 
@@ -133,7 +133,7 @@ def test_the_plain_op(shape, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keep", [True, False], ids=["stochastic depth", "every branch kept"])
 @pytest.mark.parametrize("shape", EVERY, ids=str)
-def test_the_tail_at_every_shape_and_dtype(shape, keep, dtype, device):
+def test_the_block_epilogue_at_every_shape_and_dtype(shape, keep, dtype, device):
     check_residual(shape, dtype, device, keep)
 
 

@@ -84,7 +84,7 @@ def traffic():
 
 
 @pytest.mark.slow
-def test_bytes_counted_equal_the_floor(traffic):
+def test_bytes_counted_equal_the_expected(traffic):
     assert set(traffic) == set(CASES)
     wrong = {name: compile_report.miscounted(counts["streams"]) for name, counts in traffic.items()}
     assert not {name: lines for name, lines in wrong.items() if lines}
@@ -239,7 +239,7 @@ def test_a_kernel_without_a_budget_is_a_violation():
     case = CompileCase("copy", launch, 4096, 8, {}, eager=lambda kernels, size: lambda: None)
     result = offline.compile_case(case, "sm_80")
     assert offline.case_violations(case, "sm_80", result) == ["_copy_kernel: expected a budget; got none"]
-    assert (result.floor, result.elements, result.launches[0].programs) == (2 * 4 * 4096, 4096, 4)
+    assert (result.bytes, result.elements, result.launches[0].programs) == (2 * 4 * 4096, 4096, 4)
 
 
 def test_sass_is_read_by_whole_modifiers():

@@ -1,5 +1,5 @@
-"""A contender in a process of its own, so that its memory, its threads and what it compiles are as its users have them:
-how the C library hands out memory is one setting for a whole process, and rsengine changes it."""
+"""A training step in a process of its own, so that its memory, its threads and what it compiles are as its users have
+them: how the C library allocates memory is one setting for a whole process, and rsengine changes it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from bench.baselines import BASELINES, Case, rsengine_step
 from bench.measure import seconds
 
 OURS = "rsengine"
-SETTLE_SECONDS = 0.02  # the threads of the step before spin for a few milliseconds before they sleep
+SETTLE_SECONDS = 0.02  # the threads of the previous step spin for a few milliseconds before they sleep
 
 
-class Apart:
+class OwnProcess:
     """Steps of :data:`OURS` or of one of :data:`bench.baselines.BASELINES` on a case, timed in a process of its own."""
 
     def __init__(self, name: str, case: Case) -> None:
