@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from rsengine.augment.fills import fill_colour
-from rsengine.augment.policies import policy_of
+from rsengine.augment.policies import check_crop, policy_of
 from rsengine.augment.program import compile_policy
-from rsengine.errors import SettingsError
 from rsengine.kernels import PolicyTables, augment_batch
-from rsengine.kernels.augment_tables import check_crop_padding
 from rsengine.model.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -35,7 +33,7 @@ class DeviceAugment:
         dtype: of normalised images.
 
     Raises:
-        ValueError: a crop that pads by more than it can, which for one that reflects is less than a side.
+        SettingsError: the crop pads by more than the images allow; reflection needs less than each side.
     """
 
     def __init__(
@@ -57,14 +55,10 @@ class DeviceAugment:
                 *(torch.from_numpy(getattr(program, name)).to(device) for name in PolicyTables._fields)
             )
             chains = program.chains
-        reflect = augment.crop_mode == "reflect"
-        try:
-            check_crop_padding("augment.crop_padding", augment.crop_padding, size, reflect=reflect)
-        except ValueError as error:
-            raise SettingsError(str(error)) from error
+        check_crop(augment, size)
         self.options = {
             "crop_padding": augment.crop_padding,
-            "crop_reflect": reflect,
+            "crop_reflect": augment.crop_mode == "reflect",
             "flip": ("alternating" if augment.alternating_flip else "random") if augment.flip else "none",
             "chains": chains,
             "bilinear": augment.policy_interpolation == "bilinear",

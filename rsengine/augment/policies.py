@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from rsengine.errors import SettingsError
+from rsengine.kernels.augment_tables import check_crop_padding
 
 POLICIES = (  # as recipes name them
     "none",
@@ -268,7 +269,7 @@ def augmix(size: tuple[int, int], severity: int = 3, width: int = 3, depth: int 
 
 
 class PolicySettings(Protocol):
-    """What :func:`policy_of` reads of a recipe's ``augment`` section."""
+    """What :func:`policy_of` and :func:`check_crop` read of a recipe's ``augment`` section."""
 
     policy: str
     randaugment_ops: int
@@ -276,6 +277,16 @@ class PolicySettings(Protocol):
     randaugment_std: float
     randaugment_increasing: bool
     augmix_severity: int
+    crop_padding: int
+    crop_mode: str
+
+
+def check_crop(augment: PolicySettings, size: tuple[int, int]) -> None:
+    """Raise :class:`SettingsError` if images of ``size`` (height, width) cannot be padded as a recipe asks."""
+    try:
+        check_crop_padding("augment.crop_padding", augment.crop_padding, size, reflect=augment.crop_mode == "reflect")
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
 
 
 def policy_of(augment: PolicySettings, size: tuple[int, int]) -> Policy | None:

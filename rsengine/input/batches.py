@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from rsengine.augment.policies import check_crop
 from rsengine.config import Recipe
 from rsengine.data import Dataset
 from rsengine.device import Execution
@@ -21,10 +22,11 @@ from rsengine.input.transfer import Batch, feeder_for
 
 
 class StreamedBatches:
-    """From FFCV, through pinned memory and a copy stream where the device is a GPU.
+    """Batches from FFCV. On a GPU they pass through pinned memory and a copy stream.
 
     Raises:
         LoaderError: the images do not fill a batch.
+        SettingsError: the crop pads by more than the images allow.
     """
 
     resident = None  # the argument of TrainStep
@@ -35,6 +37,7 @@ class StreamedBatches:
         from rsengine.input.stream import BetonLoader
 
         train = recipe.train
+        check_crop(recipe.augment, dataset.image_size)
         self._train = BetonLoader(
             dataset.train_beton,
             train.batch_size,

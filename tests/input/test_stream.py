@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from rsengine.augment import HorizontalFlip, RandomCrop, SeededOperation
+from rsengine.config import Recipe
 from rsengine.data.beton.reader import BetonReader
-from rsengine.errors import LoaderError
+from rsengine.device import choose_execution
+from rsengine.errors import LoaderError, SettingsError
+from rsengine.input.batches import open_batches
 from rsengine.input.stream import BetonLoader
 
 
@@ -102,3 +105,10 @@ def test_a_dying_pipeline_is_an_error_and_not_an_endless_wait(toy_dataset):
 def test_fewer_images_than_a_batch_is_an_error(toy_dataset):
     with pytest.raises(LoaderError, match="150 images do not fill one batch of 200"):
         BetonLoader(toy_dataset.train_beton, 200, drop_last=True)
+
+
+@pytest.mark.parametrize("loader", ["ffcv", "resident"])
+def test_a_crop_that_mirrors_more_than_there_is_is_refused_before_the_first_batch(toy_dataset, loader):
+    settings = ["augment.crop_mode=reflect", "augment.crop_padding=32", "train.batch_size=16", f"train.loader={loader}"]
+    with pytest.raises(SettingsError, match="augment.crop_padding: expected 0 to 31 to mirror images of 32x32; got 32"):
+        open_batches(Recipe().with_settings(settings), toy_dataset, choose_execution("cpu"))
