@@ -30,10 +30,7 @@ PROBE_SECONDS, DOWNLOAD_SECONDS = 4.0, 30.0  # without an answer; a download as 
 def find_dataset(
     data: str | os.PathLike[str] | None = None,
     *,
-    size: int | None = None,
     fallback_digits: bool = False,
-    download: bool = True,
-    progress: bool = True,
     log: Callable[[str], None] = print,
 ) -> Dataset:
     """The data set to train on.
@@ -45,39 +42,30 @@ def find_dataset(
 
     Args:
         data: see above.
-        size: side in pixels to resize and crop to; None keeps every size. Has no effect on a converted folder.
         fallback_digits: take the handwritten digits when nothing is found, instead of raising. Not for a `data` or
             RSENGINE_DATA that is wrong: that is an error in any case.
-        download: whether the network may be tried.
-        progress: show progress bars when the error output is a terminal.
-        log: is told every choice in one line.
+        log: called with one line for each decision.
 
     Raises:
         DataError: what was asked for is wrong, or nothing was found; one line with the remedy.
     """
-
-    def open_any(what: str | Path) -> Dataset:
-        return _open(what, size, progress, log)
-
     if data is not None:
-        return open_any(os.fspath(data))
+        return _open(os.fspath(data), log)
     if value := os.environ.get(VARIABLE, "").strip():
         log(f"data: {VARIABLE} names {value}")
-        return open_any(value)
+        return _open(value, log)
     local = Path(LOCAL_FOLDER)
     if (known := known_in(local)) is not None:
         log(f"data: found {known}")
-        return open_any(known)
+        return _open(known, log)
     looked = f"{VARIABLE} is not set, and {local.absolute()} holds no converted data set and no CIFAR archive"
-    problem = "downloads are switched off"
-    if download:
-        try:
-            return open_any(download_cifar10(log))
-        except _NoDownload as error:
-            problem = str(error)
+    try:
+        return _open(download_cifar10(log), log)
+    except _NoDownload as error:
+        problem = str(error)
     if fallback_digits:
         log(f"data: {looked}; {problem}. Falling back to scikit-learn's handwritten digits: a working run, not CIFAR")
-        return open_any(DIGITS)
+        return _open(DIGITS, log)
     raise DataError(
         f"no data set: {looked}; {problem}. Give --data with a CIFAR archive, a converted folder or class folders, "
         f"set {VARIABLE} to one, or use --data digits"
@@ -106,9 +94,9 @@ def known_in(folder: Path) -> Path | None:
     return next((folder / name for name in names if (folder / name).exists()), None)
 
 
-def fingerprint(source: str | Path, options: dict[str, object]) -> str:
-    """64 hexadecimal digits that change when the source or the options of its conversion do. Quick: names, sizes and
-    times of modification count, not contents. Raises OSError."""
+def fingerprint(source: str | Path) -> str:
+    """64 hexadecimal digits that change when the source does. Names, sizes and modification times are compared, not
+    contents, which is fast. Raises OSError."""
     entries: list[tuple[str, int, int]] = []
     if str(source) != DIGITS or Path(source).exists():
         path = Path(source).resolve()
@@ -125,11 +113,11 @@ def fingerprint(source: str | Path, options: dict[str, object]) -> str:
             entries.append((str(path), status.st_size, status.st_mtime_ns))
     else:
         entries.append((DIGITS, 0, 0))
-    text = json.dumps([FORMAT_VERSION, sorted(options.items()), entries])
+    text = json.dumps([FORMAT_VERSION, entries])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _open(what: str | Path, size: int | None, progress: bool, log: Callable[[str], None]) -> Dataset:
+def _open(what: str | Path, log: Callable[[str], None]) -> Dataset:
     digits = str(what) == DIGITS and not Path(what).exists()
     source: str | Path = DIGITS if digits else Path(what).expanduser()
     if isinstance(source, Path):
@@ -143,13 +131,13 @@ def _open(what: str | Path, size: int | None, progress: bool, log: Callable[[str
                 dataset = load_dataset(source)
                 log(f"data: {dataset.name} in {source}, {dataset.train_count} + {dataset.test_count} images")
                 return dataset
-    return _converted(source, size, progress, log)
+    return _converted(source, log)
 
 
-def _converted(source: str | Path, size: int | None, progress: bool, log: Callable[[str], None]) -> Dataset:
+def _converted(source: str | Path, log: Callable[[str], None]) -> Dataset:
     """The conversion of `source` in the cache, made now if it is not there."""
     try:
-        mark = fingerprint(source, {"size": size})[:12]
+        mark = fingerprint(source)[:12]
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}; check the path and its permissions") from error
     folder = cache_folder() / "datasets" / f"{source_name(source) if source != DIGITS else DIGITS}-{mark}"
@@ -165,7 +153,7 @@ def _converted(source: str | Path, size: int | None, progress: bool, log: Callab
             return dataset
     log(f"data: converting {source} into {folder}")
     try:
-        return convert(source, folder, size=size, overwrite=damaged, progress=progress, log=log)
+        return convert(source, folder, overwrite=damaged, progress=True, log=log)
     except DataError:
         # Another process may have converted the same source meanwhile; then its result is as good as ours.
         if not damaged and (folder / DESCRIPTION).is_file():

@@ -9,7 +9,7 @@ import torch
 
 from rsengine.data import find_dataset
 from rsengine.device import choose_execution
-from rsengine.engine.evaluation import evaluate
+from rsengine.engine.evaluation import EvaluationStep
 from rsengine.errors import run_command
 from rsengine.input.stream import BetonLoader
 from rsengine.model.preprocess import Preprocess
@@ -40,7 +40,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     loader = BetonLoader(dataset.test_beton, 500)
     model = weights.model.to(execution.device, memory_format=torch.channels_last)
     preprocess = Preprocess(weights.mean, weights.std, execution.device)
-    result = evaluate({"ema": model}, loader.epoch(), preprocess, execution, len(weights.classes))["ema"]
+    evaluation = EvaluationStep({"ema": model}, preprocess, execution, len(weights.classes))
+    result = evaluation.measure(loader.epoch())["ema"]
     scores = f"accuracy {result.accuracy:.2%}, cross-entropy {result.loss:.4f}"
     print(f"{dataset.name}: {scores} on {result.images:,} test images")
     return 0

@@ -41,6 +41,6 @@ def test_cache_folder(variables, given, expected):
 def test_native_code_and_data_sets_are_kept_in_it(variables, tmp_path):
     variables(RSENGINE_CACHE="~/kept")
     library.load.__wrapped__()
-    find_dataset("digits", progress=False, log=lambda line: None)
+    find_dataset("digits", log=lambda line: None)
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["datasets", "native"]
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]  # and no folder whose name is ~

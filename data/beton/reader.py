@@ -36,14 +36,12 @@ class BetonHeader:
         samples: number of samples.
         page_size: bytes in a page.
         table: offset in bytes of the allocation table.
-        fields: names of the fields, in order.
         size: bytes in the file.
     """
 
     samples: int
     page_size: int
     table: int
-    fields: tuple[str, ...]
     size: int
 
 
@@ -71,7 +69,7 @@ def read_header(path: Path) -> BetonHeader:
     names = tuple(bytes(name).split(b"\0")[0].decode("ascii", "replace") for name in descriptors["name"])
     if names != ("image", "label") or [int(t) for t in descriptors["type"]] != [FIELD_TYPES[n] for n in names]:
         raise DataError(f"{path}: its fields are {', '.join(names)}, not image, label; convert the data set again")
-    return BetonHeader(int(header["samples"]), int(header["page_size"]), int(header["table"]), names, size)
+    return BetonHeader(int(header["samples"]), int(header["page_size"]), int(header["table"]), size)
 
 
 class BetonReader:

@@ -32,7 +32,7 @@ class Scan:
         means: (N, 3) float32, mean of each image and channel, 0..255.
         digests: sha256 of each encoded picture; empty where the pixels were in memory.
         pixels: number of pixels.
-        sums, squares: exact integer sums over all pixels of the channel values and of their squares.
+        sums, squares: (3,) Python integers, exact sums over all pixels of the channel values and of their squares.
         images: (N, height, width, 3) uint8, if the images were encoded, share one size and are few enough; else None.
     """
 
@@ -42,8 +42,8 @@ class Scan:
     means: np.ndarray
     digests: list[bytes]
     pixels: int
-    sums: tuple[int, int, int]
-    squares: tuple[int, int, int]
+    sums: np.ndarray
+    squares: np.ndarray
     images: np.ndarray | None = None
 
     def mean_and_std(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -89,8 +89,8 @@ def scan(split: Split, *, workers: int, progress: bool, description: str) -> Sca
         means=np.concatenate([part.means for part in parts]),
         digests=[digest for part in parts for digest in part.digests],
         pixels=sum(part.pixels for part in parts),
-        sums=_total([part.sums for part in parts]),
-        squares=_total([part.squares for part in parts]),
+        sums=sum(part.sums for part in parts),
+        squares=sum(part.squares for part in parts),
         images=_joined([part.images for part in parts]),
     )
 
@@ -146,8 +146,8 @@ def scan_part(split: Split) -> Scan:
         means=means,
         digests=digests,
         pixels=pixels,
-        sums=_total([tuple(sums)]),
-        squares=_total([tuple(squares)]),
+        sums=sums,
+        squares=squares,
         images=np.stack(images) if keep else None,
     )
 
@@ -162,7 +162,3 @@ def _joined(images: list[np.ndarray | None]) -> np.ndarray | None:
     if len(present) < len(images) or len({each.shape[1:] for each in present}) > 1:
         return None
     return np.concatenate(present)
-
-
-def _total(rows: list[tuple[int, int, int]]) -> tuple[int, int, int]:
-    return sum(int(r[0]) for r in rows), sum(int(r[1]) for r in rows), sum(int(r[2]) for r in rows)

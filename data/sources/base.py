@@ -40,16 +40,15 @@ def with_validation(source: Source, fraction: float, seed: int) -> Source:
     What a recipe is chosen on, so that the test set stays unseen until the choice is made.
     """
     keys = list(source.paths[: len(source.train)]) or [str(i) for i in range(len(source.train))]
-    chosen = split_by_hash(source.train.labels, keys, fraction, seed, source.name)
-    train, test = np.flatnonzero(~chosen), np.flatnonzero(chosen)
-    paths = tuple(source.paths[i] for i in (*train, *test)) if source.paths else ()
-    return replace(
-        source,
-        name=f"{source.name}-validation",
-        train=ChosenSplit(source.train, train),
-        test=ChosenSplit(source.train, test),
-        paths=paths,
-    )
+    train, test = set_aside(source.train, keys, fraction, seed, source.name)
+    paths = tuple(source.paths[i] for i in (*train.places, *test.places)) if source.paths else ()
+    return replace(source, name=f"{source.name}-validation", train=train, test=test, paths=paths)
+
+
+def set_aside(split: Split, keys: list[str], fraction: float, seed: int, where: str) -> tuple[ChosenSplit, ChosenSplit]:
+    """Divide a split into training and test samples, chosen as :func:`split_by_hash` does."""
+    chosen = split_by_hash(split.labels, keys, fraction, seed, where)
+    return ChosenSplit(split, np.flatnonzero(~chosen)), ChosenSplit(split, np.flatnonzero(chosen))
 
 
 def split_by_hash(labels: np.ndarray, keys: list[str], fraction: float, seed: int, where: str) -> np.ndarray:

@@ -8,8 +8,8 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from rsengine.data.errors import DataError
-from rsengine.data.sources.base import Source, split_by_hash
-from rsengine.data.sources.images import SUFFIXES, EncodedSplit
+from rsengine.data.sources.base import Source, set_aside
+from rsengine.data.sources.images import SUFFIXES, EncodedSplit, Split
 from rsengine.data.sources.tree import Tree
 
 TRAIN = ("train", "training")
@@ -70,7 +70,8 @@ def open_class_folders(
         only = [f"{each} only in {train}" for each in sorted(set(classes) - set(test_classes))]
         only += [f"{each} only in {usable[0]}" for each in sorted(set(test_classes) - set(classes))]
         raise DataError(f"{tree.root}: train and test have different classes ({', '.join(only[:4])}); make them agree")
-    return _source(tree, name, classes, (names, labels), (test_names, test_labels))
+    train_split, test_split = _encoded(tree, names, labels), _encoded(tree, test_names, test_labels)
+    return _source(tree, name, classes, train_split, test_split, [*names, *test_names])
 
 
 def _is_split(folder: str) -> bool:
@@ -120,38 +121,18 @@ def _split(
     seed: int,
     log: Callable[[str], None],
 ) -> Source:
-    chosen = split_by_hash(labels, names, test_fraction, seed, str(tree.root))
+    train, test = set_aside(_encoded(tree, names, labels), names, test_fraction, seed, str(tree.root))
     log(
-        f"{tree.root}: no test set, so {chosen.sum()} of {len(labels)} images, {test_fraction:g} of every class, "
+        f"{tree.root}: no test set, so {len(test)} of {len(labels)} images, {test_fraction:g} of every class, "
         f"are set aside for testing (seed {seed})"
     )
-    train, test = np.flatnonzero(~chosen), np.flatnonzero(chosen)
-    return _source(
-        tree,
-        name,
-        classes,
-        ([names[i] for i in train], labels[train]),
-        ([names[i] for i in test], labels[test]),
-    )
+    return _source(tree, name, classes, train, test, [names[i] for i in (*train.places, *test.places)])
 
 
-def _source(
-    tree: Tree,
-    name: str,
-    classes: tuple[str, ...],
-    train: tuple[list[str], np.ndarray],
-    test: tuple[list[str], np.ndarray],
-) -> Source:
-    splits = [
-        EncodedSplit([tree.files[each] for each in names], [tree.where(each) for each in names], labels)
-        for names, labels in (train, test)
-    ]
-    return Source(
-        name=name,
-        form=f"class folders, {tree.kind}",
-        classes=classes,
-        train=splits[0],
-        test=splits[1],
-        checksum=None if tree.kind == "folder" else tree.checksum(()),
-        paths=(*train[0], *test[0]),
-    )
+def _encoded(tree: Tree, names: list[str], labels: np.ndarray) -> EncodedSplit:
+    return EncodedSplit([tree.files[each] for each in names], [tree.where(each) for each in names], labels)
+
+
+def _source(tree: Tree, name: str, classes: tuple[str, ...], train: Split, test: Split, paths: list[str]) -> Source:
+    checksum = None if tree.kind == "folder" else tree.checksum(())
+    return Source(name, f"class folders, {tree.kind}", classes, train, test, checksum, tuple(paths))

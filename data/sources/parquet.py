@@ -12,7 +12,7 @@ import numpy as np
 
 from rsengine.data.errors import DataError
 from rsengine.data.sources.archives import Blob, Spool
-from rsengine.data.sources.base import Source, split_by_hash
+from rsengine.data.sources.base import Source, set_aside
 from rsengine.data.sources.images import EncodedSplit
 from rsengine.data.sources.tree import Tree
 
@@ -68,12 +68,12 @@ def open_parquet(
         raise DataError(f"{tree.root}: the Parquet files name different classes; give files of one data set")
     train, test = parts["train"], parts.get("test", parts.get("validation"))
     if test is None:
-        chosen = split_by_hash(train.labels, list(train.names), test_fraction, seed, str(tree.root))
+        count = len(train)
+        train, test = set_aside(train, list(train.names), test_fraction, seed, str(tree.root))
         log(
-            f"{tree.root}: no test file, so {chosen.sum()} of {len(train)} images, {test_fraction:g} of every class, "
+            f"{tree.root}: no test file, so {len(test)} of {count} images, {test_fraction:g} of every class, "
             f"are set aside for testing (seed {seed})"
         )
-        train, test = _chosen(train, ~chosen), _chosen(train, chosen)
     classes = titles[0]
     if classes is None:
         count = int(max(train.labels.max(initial=-1), test.labels.max(initial=-1))) + 1
@@ -83,7 +83,7 @@ def open_parquet(
         wrong = np.flatnonzero((part.labels < 0) | (part.labels >= len(classes)))
         if len(wrong):
             raise DataError(
-                f"{part.names[wrong[0]]}: label {part.labels[wrong[0]]} out of range 0 … {len(classes) - 1}; "
+                f"{part.name(wrong[0])}: label {part.labels[wrong[0]]} out of range 0 … {len(classes) - 1}; "
                 "remove the unlabelled rows or give another file"
             )
     used = [each for split, members in groups.items() for each in members if split in (*parts, "")]
@@ -171,8 +171,3 @@ def _joined(parts: list[EncodedSplit]) -> EncodedSplit:
         [name for part in parts for name in part.names],
         np.concatenate([part.labels for part in parts]),
     )
-
-
-def _chosen(split: EncodedSplit, mask: np.ndarray) -> EncodedSplit:
-    indices = np.flatnonzero(mask)
-    return EncodedSplit([split.blobs[i] for i in indices], [split.names[i] for i in indices], split.labels[indices])

@@ -50,7 +50,7 @@ class DeviceAugment:
         self.seed, self.policy, chains = seed, None, 0
         policy = policy_of(augment, size)
         if policy is not None:
-            program = compile_policy(policy, size, bilinear=augment.policy_interpolation == "bilinear")
+            program = compile_policy(policy, size)
             self.policy = PolicyTables(
                 *(torch.from_numpy(getattr(program, name)).to(device) for name in PolicyTables._fields)
             )

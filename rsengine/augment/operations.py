@@ -209,8 +209,7 @@ class PolicyOperation(SeededOperation):
     def program(self, size: tuple[int, int]) -> Program:
         """The policy compiled for images of ``size`` (height, width)."""
         if self._compiled is None or self._compiled[0].size != size:
-            fill = tuple(int(channel) for channel in self.fill)
-            program = compile_policy(self.make(size), size, bilinear=self.bilinear, fill=fill)
+            program = compile_policy(self.make(size), size)
             self._compiled = program, program_arrays(program)
         return self._compiled[0]
 

@@ -54,8 +54,6 @@ class Program:
         first, levels: (G, J, E) int32. gates: (G, J, E) int64, up to 2**32.
         exponentials: (4096,) int64, AugMix: equally probable values of Exp(1) in units of 2**-16.
         names: S labels for people.
-        bilinear: which of the two AFFINE kinds.
-        fill: three uint8, the colour that AFFINE moves in.
     """
 
     size: tuple[int, int]
@@ -71,17 +69,13 @@ class Program:
     exponentials: np.ndarray
     names: tuple[str, ...]
     chains: int
-    bilinear: bool
-    fill: tuple[int, int, int]
 
     @property
     def slots(self) -> int:
         return self.first.shape[1]
 
 
-def compile_policy(
-    policy: Policy, size: tuple[int, int], *, bilinear: bool = False, fill: tuple[int, int, int] = (0, 0, 0)
-) -> Program:
+def compile_policy(policy: Policy, size: tuple[int, int]) -> Program:
     """The tables of ``policy`` for images of ``size`` (height, width), at least 1x1 and below 16384 a side."""
     if not all(1 <= side < 2**14 for side in size):
         raise SettingsError(f"image size: expected sides from 1 to {2**14 - 1}; got {size}")
@@ -116,8 +110,6 @@ def compile_policy(
         exponentials=np.round(-np.log1p(-probability) * 65536).astype(np.int64),
         names=tuple(f"{s.operation} {s.magnitude:.3g}" if s.magnitude else s.operation for s in settings),
         chains=policy.chains,
-        bilinear=bilinear,
-        fill=tuple(fill),
     )
 
 

@@ -108,22 +108,3 @@ class EvaluationStep:
             count = max(int(confusion.sum()), 1)
             results[name] = Evaluation(float(self.losses[name]) / count, float(np.trace(confusion)) / count, confusion)
         return results
-
-
-def evaluate(
-    models: Mapping[str, nn.Module],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    preprocess: Preprocess,
-    execution: Execution,
-    num_classes: int,
-    label_smoothing: float = 0.0,
-) -> dict[str, Evaluation]:
-    """Measure several networks in one pass over the same batches: :class:`EvaluationStep`, once.
-
-    Args:
-        batches: (N, H, W, 3) uint8 images and (N,) int64 labels; the last batch may be smaller.
-
-    Returns:
-        An :class:`Evaluation` for each name.
-    """
-    return EvaluationStep(models, preprocess, execution, num_classes, label_smoothing).measure(batches)

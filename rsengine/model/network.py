@@ -8,12 +8,14 @@ call for.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from rsengine.errors import SettingsError
 from rsengine.kernels import batch_norm_squeeze_excite_residual, squeeze_excite_residual
@@ -167,7 +169,29 @@ class ResNetRS(nn.Module):
 
     def summary(self, image_size: tuple[int, int] = (32, 32)) -> Summary:
         """Count the model at an input size, (height, width) in pixels. Runs on the meta device: no arithmetic."""
-        return summarise(self, image_size)
+        twin = copy.deepcopy(self).to("meta").train()
+        own = {p.untyped_storage()._cdata for p in [*twin.parameters(), *twin.buffers()]}
+        # By storage, its bytes; the tensor is held so that its address is not reused.
+        kept: dict[int, tuple[int, Tensor]] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = (storage.nbytes(), tensor)
+            return tensor
+
+        batch = 2  # batch norm refuses a single value a channel, which one image gives where its map is one pixel
+        images = torch.empty(batch, 3, *image_size, device="meta").to(memory_format=torch.channels_last)
+        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            twin(images)
+        parameters = list(self.parameters())
+        return Summary(
+            parameters=sum(p.numel() for p in parameters),
+            parameter_tensors=len(parameters),
+            multiply_adds=counter.get_total_flops() // 2 // batch,
+            activation_bytes=sum(nbytes for nbytes, _ in kept.values()) // batch,
+            image_size=image_size,
+        )
 
 
 @dataclass(frozen=True)
@@ -187,36 +211,6 @@ class Summary:
             f"{self.multiply_adds / 1e6:,.1f} M multiply-adds an image forward, "
             f"{self.activation_bytes / 2**20:,.1f} MiB of float32 activations an image kept for the backward pass"
         )
-
-
-def summarise(model: nn.Module, image_size: tuple[int, int]) -> Summary:
-    """See :meth:`ResNetRS.summary`."""
-    import copy
-
-    from torch.utils.flop_counter import FlopCounterMode
-
-    twin = copy.deepcopy(model).to("meta").train()
-    own = {p.untyped_storage()._cdata for p in [*twin.parameters(), *twin.buffers()]}
-    kept: dict[int, tuple[int, Tensor]] = {}  # storage -> bytes; the tensor is held so that its address is not reused
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = (storage.nbytes(), tensor)
-        return tensor
-
-    batch = 2  # batch norm refuses a single value a channel, which one image gives where its map is one pixel
-    images = torch.empty(batch, 3, *image_size, device="meta").to(memory_format=torch.channels_last)
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        twin(images)
-    parameters = list(model.parameters())
-    return Summary(
-        parameters=sum(p.numel() for p in parameters),
-        parameter_tensors=len(parameters),
-        multiply_adds=counter.get_total_flops() // 2 // batch,
-        activation_bytes=sum(nbytes for nbytes, _ in kept.values()) // batch,
-        image_size=image_size,
-    )
 
 
 def resnet_rs(

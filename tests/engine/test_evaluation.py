@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rsengine.device import Execution
-from rsengine.engine.evaluation import evaluate
+from rsengine.engine.evaluation import EvaluationStep
 from rsengine.model import resnet_rs
 from rsengine.model.preprocess import Preprocess
 
@@ -37,7 +37,7 @@ def batched(size):
 
 def test_numbers_equal_a_plain_loop():
     model, (images, labels) = network(), data()
-    result = evaluate({"m": model}, batched(10), PREPROCESS, FP32, 4, label_smoothing=0.1)["m"]
+    result = EvaluationStep({"m": model}, PREPROCESS, FP32, 4, label_smoothing=0.1).measure(batched(10))["m"]
     model.eval()
     logits = model(PREPROCESS(images)).detach()
     assert result.images == 25
@@ -54,7 +54,7 @@ def test_it_changes_no_parameter_buffer_mode_or_random_number():
     model.stages[0].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    evaluate({"m": model}, batched(10), PREPROCESS, FP32, 4)
+    EvaluationStep({"m": model}, PREPROCESS, FP32, 4).measure(batched(10))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.training and torch.equal(state, torch.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
@@ -63,7 +63,8 @@ def test_it_changes_no_parameter_buffer_mode_or_random_number():
 def test_the_result_does_not_depend_on_the_batches():
     """It would if batch norm or dropout were still training."""
     model = network().train()
-    results = [evaluate({"m": model}, batched(size), PREPROCESS, FP32, 4)["m"] for size in (25, 10, 1)]
+    step = EvaluationStep({"m": model}, PREPROCESS, FP32, 4)
+    results = [step.measure(batched(size))["m"] for size in (25, 10, 1)]
     assert len({r.accuracy for r in results}) == 1
     assert results[1].loss == pytest.approx(results[0].loss, rel=1e-5)
     assert results[2].loss == pytest.approx(results[0].loss, rel=1e-5)
@@ -71,8 +72,7 @@ def test_the_result_does_not_depend_on_the_batches():
 
 def test_the_mode_comes_back_after_an_error():
     model = network().train()
+    batch = torch.zeros(1, 16, 16, 2, dtype=torch.uint8), torch.zeros(1).long()
     with pytest.raises(RuntimeError):
-        evaluate(
-            {"m": model}, [(torch.zeros(1, 16, 16, 2, dtype=torch.uint8), torch.zeros(1).long())], PREPROCESS, FP32, 4
-        )
+        EvaluationStep({"m": model}, PREPROCESS, FP32, 4).measure([batch])
     assert model.training

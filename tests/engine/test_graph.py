@@ -14,7 +14,7 @@ from torch import nn
 
 from rsengine.config import Recipe
 from rsengine.device import Execution
-from rsengine.engine.evaluation import EvaluationStep, evaluate
+from rsengine.engine.evaluation import EvaluationStep
 from rsengine.engine.graph import CapturedStep, CudaRecorder, choose_step, explain_step, static_batch
 from rsengine.engine.step import TrainStep
 from rsengine.kernels.jit import ema_table
@@ -311,7 +311,7 @@ def test_a_captured_evaluation_equals_a_plain_one_with_its_last_partial_batch():
     run(step, step, 5)
     models = {"raw": step.model, "ema": step.ema_model}
     stream = [*batches(3), tuple(tensor[:5] for tensor in next(batches(1)))]
-    expected = evaluate(models, stream, step.preprocess, FP32, 10, 0.1)
+    expected = EvaluationStep(models, step.preprocess, FP32, 10, 0.1).measure(stream)
     evaluation = EvaluationStep(models, step.preprocess, FP32, 10, 0.1)
     with evaluation.evaluation_mode():
         captured = capture(evaluation)

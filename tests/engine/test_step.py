@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 from rsengine.config import Recipe
 from rsengine.device import Execution, choose_execution
-from rsengine.engine.evaluation import evaluate
+from rsengine.engine.evaluation import EvaluationStep
 from rsengine.engine.step import TrainStep, resized
 from rsengine.kernels.dispatch import eager_only
 from rsengine.model import resnet_rs
@@ -130,7 +130,8 @@ def test_the_ema_is_used_it_differs_and_includes_batch_norm_buffers():
         if value.is_floating_point():
             assert not torch.equal(value, start[name]), name
             assert not torch.equal(value, step.model.state_dict()[name]), name
-    results = evaluate({"raw": step.model, "ema": step.ema_model}, batches(2), step.preprocess, FP32, 10)
+    models = {"raw": step.model, "ema": step.ema_model}
+    results = EvaluationStep(models, step.preprocess, FP32, 10).measure(batches(2))
     assert results["raw"].loss != results["ema"].loss
     assert "running_mean" in "".join(step.state_dict()["ema"])
 
