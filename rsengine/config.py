@@ -32,67 +32,54 @@ class RecipeError(UserError, ValueError):
     """A recipe that cannot be run. The message is one line: the key, what is allowed, what was given."""
 
 
-# --- one constructor for each kind of field: (default, check) -----------------------------------------------------
+# --- one constructor for each kind of field -------------------------------------------------------------------------
+
+
+def _setting(default: Any, expected: str, allowed: Callable[[Any], bool], help: str, **metadata: Any) -> Any:
+    """A field whose values are ``allowed``, which ``expected`` says in words."""
+
+    def check(value: Any) -> Any:
+        if not allowed(value):
+            raise RecipeError(expected)
+        return type(default)(value)
+
+    return field(default=default, metadata={"check": check, "help": help, **metadata})
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _number(default: float, low: float, high: float = float("inf"), *, integer: bool = False, help: str) -> Any:
     kind = "an integer" if integer else "a number"
     expected = f"{kind} >= {low:g}" if high == float("inf") else f"{kind} from {low:g} to {high:g}"
 
-    def check(value: Any) -> Any:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int if integer else int | float)
-            or not low <= value <= high
-        ):
-            raise RecipeError(expected)
-        return value if integer else float(value)
+    def allowed(value: Any) -> bool:
+        return (_is_integer(value) or (isinstance(value, float) and not integer)) and low <= value <= high
 
-    return field(default=default, metadata={"check": check, "help": f"{help} ({expected})"})
+    return _setting(default, expected, allowed, f"{help} ({expected})")
 
 
-def _choice(default: str, choices: Iterable[str], *, help: str) -> Any:
-    choices = tuple(choices)
-
+def _choice(default: str, choices: tuple[str, ...], *, help: str) -> Any:
     expected = f"one of {', '.join(choices)}"
-
-    def check(value: Any) -> Any:
-        if value not in choices:
-            raise RecipeError(expected)
-        return value
-
-    return field(default=default, metadata={"check": check, "choices": choices, "help": f"{help} ({expected})"})
+    return _setting(default, expected, lambda value: value in choices, f"{help} ({expected})", choices=choices)
 
 
 def _flag(default: bool, *, help: str) -> Any:
-    def check(value: Any) -> Any:
-        if not isinstance(value, bool):
-            raise RecipeError("true or false")
-        return value
-
-    return field(default=default, metadata={"check": check, "help": f"{help} (true or false)"})
+    return _setting(default, "true or false", lambda value: isinstance(value, bool), f"{help} (true or false)")
 
 
 def _integers(default: tuple[int, ...], low: int, *, help: str) -> Any:
     expected = f"a list of integers >= {low}"
 
-    def check(value: Any) -> Any:
-        if not isinstance(value, list | tuple) or any(
-            isinstance(v, bool) or not isinstance(v, int) or v < low for v in value
-        ):
-            raise RecipeError(expected)
-        return tuple(value)
+    def allowed(value: Any) -> bool:
+        return isinstance(value, list | tuple) and all(_is_integer(v) and v >= low for v in value)
 
-    return field(default=default, metadata={"check": check, "help": f"{help} ({expected})"})
+    return _setting(default, expected, allowed, f"{help} ({expected})")
 
 
 def _text(default: str, *, help: str) -> Any:
-    def check(value: Any) -> Any:
-        if not isinstance(value, str):
-            raise RecipeError("text")
-        return value
-
-    return field(default=default, metadata={"check": check, "help": help})
+    return _setting(default, "text", lambda value: isinstance(value, str), help)
 
 
 # --- the sections ---------------------------------------------------------------------------------------------------
