@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bench.speedrun.runs import Run, accuracy
+from bench.speedrun.runs import Run, by_recipe
 from rsengine.run import plots
+from rsengine.run.log import accuracy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,14 +60,11 @@ def draw_attempts(runs: Sequence[Run], path: Path) -> None:
 
 def draw_test_set(runs: Sequence[Run], path: Path) -> None:
     """Draw each recipe as a line; one with several seeds as their mean in the band from the worst to the best."""
-    recipes: dict[str, list[Run]] = {}
-    for run in runs:
-        recipes.setdefault(re.sub(r"-seed\d+$", "", run.name), []).append(run)
     with plots.new_figure(plots.WIDTH, HEIGHT) as figure:
         axes = _axes(figure, "EMA accuracy on the test set (%)", runs)
         colours = (plots.GREY, plots.GREEN, plots.VERMILION, plots.BLUE, plots.PURPLE, plots.INK)
         labels = []
-        for number, (name, seeds) in enumerate(recipes.items()):
+        for number, (name, seeds) in enumerate(by_recipe(runs).items()):
             colour = colours[number % len(colours)]
             # Seeds have their evaluations after the same epochs; a run that was broken off has fewer.
             shared = min(len(run.epochs) for run in seeds)

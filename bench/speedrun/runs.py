@@ -8,6 +8,7 @@ The first line of a file is ``{"base": …}``, a whole recipe laid out as in TOM
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 from rsengine.config import Recipe
 from rsengine.run.files import RECIPE_FILE, write_atomically
-from rsengine.run.log import EPOCH, RunLog
+from rsengine.run.log import EPOCH, RunLog, accuracy
 
 ATTEMPTS, TEST_SET = (Path(__file__).with_name(f"{name}.jsonl") for name in ("attempts", "test_set"))
 
@@ -60,10 +61,12 @@ class Run:
         return accuracy(done[-1])
 
 
-def accuracy(record: Mapping[str, Any]) -> float:
-    """The EMA's accuracy in the record of an epoch, or the raw network's where the run has no EMA."""
-    ema = record["test_accuracy_ema"]
-    return record["test_accuracy"] if ema is None else ema
+def by_recipe(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs that differ in their seed alone, under the name that they share."""
+    recipes: dict[str, list[Run]] = {}
+    for run in runs:
+        recipes.setdefault(re.sub(r"-seed\d+$", "", run.name), []).append(run)
+    return recipes
 
 
 def read(folder: Path) -> Run:

@@ -10,7 +10,6 @@ Attempts are measured on the validation split. To add one, under the name of its
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -18,8 +17,9 @@ from pathlib import Path
 
 from bench.markdown import write_section
 from bench.speedrun.pictures import draw_attempts, draw_test_set
-from bench.speedrun.runs import ATTEMPTS, TEST_SET, Run, accuracy, add, load, read
+from bench.speedrun.runs import ATTEMPTS, TEST_SET, Run, add, by_recipe, load, read
 from rsengine.config import Recipe
+from rsengine.run.log import accuracy
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "speedrun.md"
 ATTEMPTS_PICTURE, TEST_SET_PICTURE = (DOCUMENT.parent / name for name in ("speedrun.png", "test-set.png"))
@@ -110,11 +110,8 @@ def _best(runs: Sequence[Run], minutes: float) -> list[tuple[str, float]]:
 
 def _seeds(attempts: Sequence[Run]) -> list[str]:
     """A sentence on each recipe that ran with several seeds."""
-    recipes: dict[str, list[Run]] = {}
-    for attempt in attempts:
-        recipes.setdefault(re.sub(r"-seed\d+$", "", attempt.name), []).append(attempt)
     lines = []
-    for name, seeds in recipes.items():
+    for name, seeds in by_recipe(attempts).items():
         if len(seeds) > 1:
             accuracies = [run.accuracy for run in seeds]
             minutes = statistics.mean(run.training_minutes for run in seeds)

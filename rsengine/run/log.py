@@ -29,8 +29,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rsengine.run.files import METRICS_FILE, write_atomically
 
 START = "start"
@@ -55,20 +53,12 @@ class RunLog:
         `truncate_after` then tidies.
 
         Args:
-            record: string keys; numbers, strings, booleans, None, numpy scalars and arrays, and lists and dicts of
-                these. NaN and infinities become null.
+            record: has ``kind`` and ``step``; its values are what JSON can hold. NaN and infinities become null.
 
         Raises:
-            ValueError: ``kind`` is not a non-empty string or ``step`` not a non-negative integer.
             TypeError: a value has no JSON form.
         """
-        plain = _jsonable(record)
-        kind, step = plain.get("kind"), plain.get("step")
-        if not isinstance(kind, str) or not kind:
-            raise ValueError(f"kind: expected a non-empty string, got {kind!r}")
-        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-            raise ValueError(f"step: expected an integer >= 0, got {step!r}")
-        line = json.dumps(plain, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(_finite(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+b", buffering=0) as file:
@@ -131,20 +121,16 @@ class RunLog:
         return found
 
 
-def _jsonable(value: Any) -> Any:
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, (np.integer, np.bool_)):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return _jsonable(list(value) if value.ndim else value[()])
+def accuracy(record: Mapping[str, Any]) -> float:
+    """The test accuracy in an ``epoch`` record: that of the EMA, or of the raw weights if the run has no EMA."""
+    ema = record["test_accuracy_ema"]
+    return record["test_accuracy"] if ema is None else ema
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with None in place of every number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(f"record key {key!r}: expected a string")
-        return {key: _jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
-    raise TypeError(f"{type(value).__name__} has no JSON form: {value!r}")
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from rsengine.run.files import AUGMENTED_FILE, CONFUSION_FILE, CURVES_FILE, METRICS_FILE, REPORT_FILE, write_atomically
-from rsengine.run.log import EPOCH, INTERVAL, START, RunLog
-from rsengine.run.machine import machine, versions
+from rsengine.run.log import EPOCH, INTERVAL, START, RunLog, accuracy
 from rsengine.run.progress import duration
 
 # File name, and the text for a reader who cannot see the picture.
@@ -37,12 +36,11 @@ def write_report(
     classes: Sequence[str],
     notes: Sequence[str],
     planned_epochs: int,
-) -> Path:
+) -> None:
     """Write ``report.md`` into a run folder, replacing an older one atomically.
 
-    Numbers come from the folder's ``metrics.jsonl``. Pictures are linked when their files are there (``curves.png``,
-    ``confusion.png``, ``augmented.png``), so draw them first. Machine and versions are those that the last ``start``
-    record holds; where it holds none, those of the process that calls this, and the report says so.
+    Numbers come from the folder's ``metrics.jsonl``; machine and versions are those of its last ``start`` record.
+    Pictures are linked if their files exist (``curves.png``, ``confusion.png``, ``augmented.png``), so draw them first.
 
     Args:
         folder: the run folder.
@@ -50,22 +48,18 @@ def write_report(
         title: the heading.
         dataset_line: one line of Markdown: name, image counts, image size, classes.
         model_lines: lines of Markdown about the model, e.g. name, parameters, multiply-adds.
-        confusion: (C, C) counts, row = true class, column = prediction, of the whole test set; or None.
+        confusion: (C, C) int64 counts, row = true class, column = prediction, of the whole test set; or None.
         classes: the C class names; not read when ``confusion`` is None.
         notes: lines of Markdown, e.g. the exact command that repeats the run.
         planned_epochs: epochs the recipe asks for; with fewer done, the report calls the run unfinished.
 
-    Returns:
-        The path of the report.
-
     Raises:
         FileNotFoundError: the folder has no ``metrics.jsonl``.
-        ValueError: that file is damaged, ``confusion`` is not (C, C) counts >= 0, or ``classes`` are not C names.
+        ValueError: that file is damaged.
     """
     log = RunLog(folder)
     if not log.path.exists():
         raise FileNotFoundError(f"{log.path}: a report needs the run's log")
-    matrix = None if confusion is None else _checked(confusion, classes)
     starts, intervals, epochs = (log.records(kind) for kind in (START, INTERVAL, EPOCH))
 
     parts = [f"# {_plain(title)}"]
@@ -75,26 +69,21 @@ def write_report(
             f"> **Unfinished run:** {done} of {planned_epochs} planned epochs are done. "
             "What follows is how far it came, not the recipe's result."
         )
-    parts.append(_headline(starts, intervals, epochs, matrix, done, planned_epochs))
-    parts += ["## Data and model", _bullets([dataset_line, *model_lines])]
-    if notes:
-        parts += ["## Notes", _bullets(notes)]
-    if epochs:
-        parts += ["## Training", *_picture(folder, CURVES_FILE), *_epoch_table(epochs)]
-    elif _picture(folder, CURVES_FILE):
-        parts += ["## Training", *_picture(folder, CURVES_FILE)]
-    if matrix is not None or _picture(folder, CONFUSION_FILE):
-        parts += ["## Classes", *_picture(folder, CONFUSION_FILE)]
-        if matrix is not None:
-            parts += [*_class_tables(matrix, classes), *_confusions(matrix, classes)]
-    if _picture(folder, AUGMENTED_FILE):
-        parts += ["## What the network is shown", *_picture(folder, AUGMENTED_FILE)]
+    parts.append(_headline(starts, intervals, epochs, confusion, done, planned_epochs))
+    parts += ["## Data and model", _bullets([dataset_line, *model_lines]), "## Notes", _bullets(notes)]
+    curves, matrix, augmented = (_picture(folder, name) for name in _PICTURES)
+    if curves or epochs:
+        parts += ["## Training", *curves, *_epoch_table(epochs)]
+    if matrix or confusion is not None:
+        parts += ["## Classes", *matrix]
+    if confusion is not None:
+        parts += [*_class_tables(confusion, classes), *_confusions(confusion, classes)]
+    if augmented:
+        parts += ["## What the network is shown", *augmented]
     parts += ["## Recipe", _fenced(recipe_toml, "toml")]
     parts += ["## Machine and versions", *_machine_table(starts)]
 
-    path = Path(folder) / REPORT_FILE
-    write_atomically(path, ("\n\n".join(parts) + "\n").encode())
-    return path
+    write_atomically(folder / REPORT_FILE, ("\n\n".join(parts) + "\n").encode())
 
 
 def _headline(
@@ -106,9 +95,8 @@ def _headline(
     planned: int,
 ) -> str:
     rows: list[tuple[str, str]] = []
-    optimistic = False
     for name, field in (("EMA weights", "test_accuracy_ema"), ("raw weights", "test_accuracy")):
-        tested = [record for record in epochs if _number(record.get(field)) is not None]
+        tested = [record for record in epochs if record[field] is not None]
         if not tested:
             rows.append((f"Test accuracy, {name}", "not evaluated"))
             continue
@@ -116,80 +104,60 @@ def _headline(
         last, best = tested[-1], max(tested, key=lambda record: record[field])
         rows.append((f"**Test accuracy, {name}**", f"**{_percent(last[field])}** after epoch {last['epoch']}"))
         rows.append((f"Best test accuracy, {name}", f"{_percent(best[field])} after epoch {best['epoch']} ¹"))
-        optimistic = True
     rows.append(("Epochs", f"{done} of {planned} planned"))
     rows += _speed_rows(starts, intervals, epochs)
 
-    table = _table(("Result", ""), rows)
-    lines = []
-    if optimistic:
-        lines.append(
-            "¹ The best epoch was chosen by its test accuracy, so that number is optimistic; "
-            "the result of this run is the last epoch's."
-        )
-    final = _final(epochs, "test_accuracy_ema")
-    if final is None:
-        final = _final(epochs, "test_accuracy")
-    images = 0 if matrix is None else int(matrix.sum())
+    lines = [_table(("Result", ""), rows)]
     sampling = ""
-    if final is not None and images:
+    if epochs and matrix is not None:
+        final, images = accuracy(epochs[-1]), int(matrix.sum())
         error = 100 * math.sqrt(final * (1 - final) / images)
         sampling = f" The {images:,} test images alone leave a standard error of {error:.2f} percentage points."
     if epochs:
-        lines.append(f"One run, n = 1: no spread over seeds is measured here.{sampling}")
-    return "\n\n".join([table, *lines])
+        lines += [
+            "¹ The best epoch was chosen by its test accuracy, so that number is optimistic; "
+            "the result of this run is the last epoch's.",
+            f"One run, n = 1: no spread over seeds is measured here.{sampling}",
+        ]
+    return "\n\n".join(lines)
 
 
 def _speed_rows(
     starts: list[dict[str, Any]], intervals: list[dict[str, Any]], epochs: list[dict[str, Any]]
 ) -> list[tuple[str, str]]:
     rows = []
-    seconds = _number(epochs[-1].get("seconds")) if epochs else None
-    if seconds is not None:
-        evaluation = [_number(record.get("eval_seconds")) for record in epochs]
-        known = [value for value in evaluation if value is not None]
-        of_which = f", of which evaluation {duration(sum(known))}" if known and len(known) == len(epochs) else ""
-        rows.append(("Training time", f"{duration(seconds)}{of_which}"))
-    for records, unit in ((intervals, "log interval"), (epochs, "epoch")):
-        rates = [rate for rate in (_number(record.get("images_per_second")) for record in records) if rate is not None]
-        if rates:
-            of = f"{len(rates)} {unit}{'' if len(rates) == 1 else 's'}"
-            rows.append(("Images per second", f"{_count(statistics.median(rates))}, median of {of}"))
-            break
-    first = [_number(record.get("time_to_first_step")) for record in starts]
-    waits = [f"{value:.1f} s" if value is not None else _NONE for value in first]
-    if waits:
-        rows.append(("Time to first step", waits[0] + (f"; on resuming {', '.join(waits[1:])}" if waits[1:] else "")))
-    resumed = [record for record in starts if record.get("resumed")]
-    if resumed:
-        times = "once" if len(resumed) == 1 else f"{len(resumed)} times"
-        at = ", ".join(f"{record['step']:,}" for record in resumed)
-        rows.append(("Resumed", f"{times}, at step {at}"))
-    elif starts:
-        rows.append(("Resumed", "no"))
-    if starts:
-        last = starts[-1]
-        setting = [str(last[field]) for field in ("device", "precision") if last.get(field)]
-        if last.get("threads"):
-            setting.append(f"{last['threads']} threads")
-        if setting:
-            rows.append(("Ran on", ", ".join(setting)))
+    if epochs:
+        evaluation = duration(sum(record["eval_seconds"] for record in epochs))
+        rows.append(("Training time", f"{duration(epochs[-1]['seconds'])}, of which evaluation {evaluation}"))
+    if intervals:
+        rate = _count(statistics.median(record["images_per_second"] for record in intervals))
+        of = f"{len(intervals)} log interval{'' if len(intervals) == 1 else 's'}"
+        rows.append(("Images per second", f"{rate}, median of {of}"))
+    first, *later = (f"{record['time_to_first_step']:.1f} s" for record in starts)
+    rows.append(("Time to first step", first + (f"; on resuming {', '.join(later)}" if later else "")))
+    resumed = [f"{record['step']:,}" for record in starts if record["resumed"]]
+    times = "once" if len(resumed) == 1 else f"{len(resumed)} times"
+    rows.append(("Resumed", f"{times}, at step {', '.join(resumed)}" if resumed else "no"))
+    last = starts[-1]
+    rows.append(("Ran on", f"{last['device']}, {last['precision']}, {last['threads']} threads"))
     return rows
 
 
 def _epoch_table(epochs: list[dict[str, Any]]) -> list[str]:
+    if not epochs:
+        return []
     shown, stride = _thinned(epochs)
     columns = [
         ("Epoch", lambda r: str(r["epoch"])),
-        ("Train loss", lambda r: _fixed(r.get("train_loss"), 4)),
-        ("Train acc.", lambda r: _percent(r.get("train_accuracy"))),
-        ("Test loss", lambda r: _fixed(r.get("test_loss"), 4)),
-        ("Test acc.", lambda r: _percent(r.get("test_accuracy"))),
-        ("Test loss, EMA", lambda r: _fixed(r.get("test_loss_ema"), 4)),
-        ("Test acc., EMA", lambda r: _percent(r.get("test_accuracy_ema"))),
-        ("Learning rate", lambda r: _significant(r.get("learning_rate"))),
-        ("Images/s", lambda r: _count(r.get("images_per_second"))),
-        ("Seconds", lambda r: _fixed(r.get("seconds"), 1)),
+        ("Train loss", lambda r: _fixed(r["train_loss"], 4)),
+        ("Train acc.", lambda r: _percent(r["train_accuracy"])),
+        ("Test loss", lambda r: _fixed(r["test_loss"], 4)),
+        ("Test acc.", lambda r: _percent(r["test_accuracy"])),
+        ("Test loss, EMA", lambda r: _fixed(r["test_loss_ema"], 4)),
+        ("Test acc., EMA", lambda r: _percent(r["test_accuracy_ema"])),
+        ("Learning rate", lambda r: _significant(r["learning_rate"])),
+        ("Images/s", lambda r: _count(r["images_per_second"])),
+        ("Seconds", lambda r: _fixed(r["seconds"], 1)),
     ]
     rows = [tuple(cell(record) for _, cell in columns) for record in shown]
     table = _table([name for name, _ in columns], rows, align="right")
@@ -257,13 +225,7 @@ def _confusions(matrix: np.ndarray, classes: Sequence[str]) -> list[str]:
 
 
 def _machine_table(starts: list[dict[str, Any]]) -> list[str]:
-    recorded = starts[-1] if starts else {}
-    parts = []
-    if "machine" not in recorded or "versions" not in recorded:
-        parts.append("Those of the process that wrote this report: the log does not hold the run's own.")
-    here = recorded.get("machine") or machine()
-    packages = recorded.get("versions") or versions()
-
+    here, packages = starts[-1]["machine"], starts[-1]["versions"]
     rows = [("Processor", _known(here.get("processor")))]
     physical, logical = here.get("physical_cores"), here.get("logical_cores")
     cores = f"{_known(logical)} logical" + (f" on {physical} physical" if physical else "")
@@ -273,22 +235,11 @@ def _machine_table(starts: list[dict[str, Any]]) -> list[str]:
     rows.append(("GPU", ", ".join(here.get("gpus") or []) or "none"))
     rows += [("System", _known(here.get("os"))), ("Python", _known(here.get("python")))]
     rows += [(name, version or "not installed") for name, version in packages.items()]
-    return [*parts, _table(("", ""), [(name, _plain(value)) for name, value in rows])]
-
-
-def _checked(confusion: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    matrix = np.asarray(confusion)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
-        raise ValueError(f"confusion: expected (C, C) with C >= 1, got shape {matrix.shape}")
-    if not np.issubdtype(matrix.dtype, np.integer) or (matrix < 0).any():
-        raise ValueError(f"confusion: expected integer counts >= 0, got {matrix.dtype} from {matrix.min()}")
-    if len(classes) != len(matrix):
-        raise ValueError(f"classes: expected {len(matrix)} names for the confusion matrix, got {len(classes)}")
-    return matrix.astype(np.int64)
+    return [_table(("", ""), [(name, _plain(value)) for name, value in rows])]
 
 
 def _picture(folder: Path, name: str) -> list[str]:
-    return [f"![{_PICTURES[name]}]({name})"] if (Path(folder) / name).is_file() else []
+    return [f"![{_PICTURES[name]}]({name})"] if (folder / name).is_file() else []
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, align: str = "left", left: int = 1) -> str:
@@ -310,10 +261,6 @@ def _fenced(text: str, language: str) -> str:
 def _plain(words: Any) -> str:
     """Text that Markdown prints as it is, on one line and in one table cell."""
     return re.sub(r"([\\`*<\[|])", r"\\\1", " ".join(str(words).split()))
-
-
-def _final(epochs: list[dict[str, Any]], field: str) -> float | None:
-    return next((v for v in (_number(record.get(field)) for record in reversed(epochs)) if v is not None), None)
 
 
 def _number(value: Any) -> float | None:

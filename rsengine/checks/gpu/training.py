@@ -15,7 +15,7 @@ from rsengine.checks.gpu.device import Setup
 from rsengine.checks.gpu.suites import die_with_this_process, end_of, last_words
 from rsengine.data import find_dataset
 from rsengine.run.files import METRICS_FILE
-from rsengine.run.log import EPOCH, START
+from rsengine.run.log import EPOCH, START, accuracy
 
 GOAL = 0.9119  # on CIFAR-10: the test accuracy of the report that this project grew out of
 DRY_RUN = ("--set", "train.limit_train_batches=4", "--epochs", "2")
@@ -61,20 +61,15 @@ def summary(records: list[dict[str, Any]], goal: float | None) -> dict[str, Any]
     """The story of a run: its start, images/s and accuracy by epoch, and when it reached the accuracy ``goal``."""
     start = next((record for record in records if record["kind"] == START), {})
     epochs = [record for record in records if record["kind"] == EPOCH]
-    reached = next((record for record in epochs if goal and _accuracy(record) >= goal), None)
+    reached = next((record for record in epochs if goal and accuracy(record) >= goal), None)
     return {
         "first_step_s": start.get("time_to_first_step"),
         "graph": start.get("graph"),
         "epochs": [record["epoch"] for record in epochs],
-        "accuracy": [_accuracy(record) for record in epochs],
+        "accuracy": [accuracy(record) for record in epochs],
         "images_per_second": [record["images_per_second"] for record in epochs],
         "evaluation_s": [record["eval_seconds"] for record in epochs],
         "seconds": epochs[-1]["seconds"] if epochs else None,
         "goal": goal,
         "seconds_to_goal": reached["seconds"] if reached else None,
     }
-
-
-def _accuracy(record: dict[str, Any]) -> float:
-    ema = record["test_accuracy_ema"]
-    return record["test_accuracy"] if ema is None else ema
