@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
+from bench.baselines import cutout
 from bench.test_pipeline import BATCH, IMAGES, MEAN, beton  # noqa: F401  (a fixture)
 from rsengine.augment.from_recipe import training_augmentations
 from rsengine.config import AugmentSection
@@ -41,14 +42,6 @@ class Images(Dataset):
 
     def __getitem__(self, i):
         return self.transform(self.make(self.images[i])), i % 10
-
-
-def cutout(image):
-    """Four 4x4 squares of a (3, H, W) tensor, clipped at the border."""
-    _, height, width = image.shape
-    for y, x in zip(torch.randint(height, (4,)).tolist(), torch.randint(width, (4,)).tolist(), strict=True):
-        image[:, max(y - 2, 0) : y + 2, max(x - 2, 0) : x + 2] = 0
-    return image
 
 
 def to_tensor(image):
@@ -76,6 +69,7 @@ def run_loader(data, after=None):
 def baselines(path):
     """Name -> a function that goes through the images once and returns how many they were."""
     autoaugment = v1.AutoAugmentPolicy.CIFAR10
+    to_pil = v1.functional.to_pil_image
     pil = [v1.RandomCrop(32, padding=4), v1.RandomHorizontalFlip(), v1.AutoAugment(autoaugment), v1.ToTensor(), cutout]
     tensors = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)]
     tensors += [v2.ToDtype(torch.float32, scale=True), cutout]
@@ -96,10 +90,6 @@ def baselines(path):
     plain = v2.Compose([v2.ToDtype(torch.float32, scale=True)])
     found["Kornia on batches, DataLoader"] = run_loader(Images(path, to_tensor, plain), batched)
     return found
-
-
-def to_pil(image):
-    return v1.functional.to_pil_image(image)
 
 
 @pytest.mark.slow

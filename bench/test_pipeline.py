@@ -11,13 +11,14 @@ from PIL import Image
 
 from bench.measure import DEVICE
 from rsengine.augment.from_recipe import training_augmentations
-from rsengine.config import AugmentSection
+from rsengine.config import AugmentSection, Recipe
 from rsengine.data import convert
+from rsengine.device import Execution
 from rsengine.input.resident import ResidentData, read_images
 from rsengine.input.stream import BetonLoader
 
 IMAGES, BATCH = 9000, 250
-MEAN = (0.5, 0.5, 0.5)
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 AUGMENTS = [
     pytest.param(AugmentSection(crop_padding=0, flip=False), id="plain"),
     pytest.param(AugmentSection(crop_padding=4, flip=True), id="crop flip"),
@@ -58,9 +59,9 @@ def test_ffcv(benchmark, beton, augment):
 
 @pytest.mark.parametrize("augment", AUGMENTS)
 def test_resident(benchmark, beton, augment):
-    images, labels = (tensor.to(DEVICE) for tensor in read_images(beton))
+    recipe = Recipe(augment=augment).with_settings([f"train.batch_size={BATCH}", "train.epochs=1"])
     steps = IMAGES // BATCH
-    resident = ResidentData(images, labels, BATCH, augment, MEAN, seed=0, epochs=1, steps_per_epoch=steps)
+    resident = ResidentData(recipe, *read_images(beton), MEAN, STD, Execution(DEVICE, None, 1, "a benchmark"), steps)
     counter = torch.zeros((), dtype=torch.int64, device=DEVICE)
 
     def run():

@@ -192,9 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", metavar="SOURCE", help="CIFAR archive or folder, Parquet, class folders, or digits")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to write; must not exist, or be empty")
-    sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--size", type=int, metavar="N", help="resize the shorter side to N pixels, crop to N×N")
-    sizes.add_argument("--keep-size", action="store_true", help="keep the size of every image (the default)")
+    parser.add_argument("--size", type=int, metavar="N", help="resize the shorter side to N pixels, crop to N×N")
     parser.add_argument("--no-verify", action="store_true", help="do not check the checksums of official CIFAR files")
     parser.add_argument("--image-format", choices=IMAGE_FORMATS, default="raw", help="raw (exact) or jpg (smaller)")
     parser.add_argument(

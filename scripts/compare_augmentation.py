@@ -9,11 +9,12 @@ started at any moment. It writes table.md into its folder.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from rsengine.run.log import EPOCH, RunLog
 
 CROP_FLIP = ["augment.crop_padding=4", "augment.flip=true"]
 CUTOUT = [*CROP_FLIP, "augment.cutout_holes=4", "augment.cutout_size=4"]
@@ -55,9 +56,7 @@ def main() -> int:
 
 def epochs_of(folder: Path) -> list[dict]:
     """The epoch records of a run, none where there is no run."""
-    path = folder / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [record for record in records if record["kind"] == "epoch"]
+    return RunLog(folder).records(EPOCH)
 
 
 def table(out: Path, recipe: str, epochs: int, seeds: list[int]) -> str:

@@ -11,12 +11,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rsengine.errors import SettingsError
 from rsengine.kernels.augment_tables import check_crop_padding
+
+if TYPE_CHECKING:
+    from rsengine.config import AugmentSection
 
 POLICIES = (  # as recipes name them
     "none",
@@ -268,20 +271,7 @@ def augmix(size: tuple[int, int], severity: int = 3, width: int = 3, depth: int 
 # --- by name ----------------------------------------------------------------------------------------------------------
 
 
-class PolicySettings(Protocol):
-    """What :func:`policy_of` and :func:`check_crop` read of a recipe's ``augment`` section."""
-
-    policy: str
-    randaugment_ops: int
-    randaugment_magnitude: float
-    randaugment_std: float
-    randaugment_increasing: bool
-    augmix_severity: int
-    crop_padding: int
-    crop_mode: str
-
-
-def check_crop(augment: PolicySettings, size: tuple[int, int]) -> None:
+def check_crop(augment: AugmentSection, size: tuple[int, int]) -> None:
     """Raise :class:`SettingsError` if images of ``size`` (height, width) cannot be padded as a recipe asks."""
     try:
         check_crop_padding("augment.crop_padding", augment.crop_padding, size, reflect=augment.crop_mode == "reflect")
@@ -289,7 +279,7 @@ def check_crop(augment: PolicySettings, size: tuple[int, int]) -> None:
         raise SettingsError(str(error)) from error
 
 
-def policy_of(augment: PolicySettings, size: tuple[int, int]) -> Policy | None:
+def policy_of(augment: AugmentSection, size: tuple[int, int]) -> Policy | None:
     """The policy that a recipe names, for images of ``size`` (height, width); ``None`` where it names none.
 
     Raises:

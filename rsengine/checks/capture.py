@@ -31,7 +31,7 @@ from rsengine.engine.build import build_evaluation, build_model, build_step
 from rsengine.engine.graph import Step, static_batch
 from rsengine.engine.step import TrainStep, image_sizes
 from rsengine.engine.update import Update
-from rsengine.input.resident import resident_data
+from rsengine.input.resident import ResidentData
 from rsengine.kernels.dispatch import assume_triton
 
 STEPS = 3
@@ -122,7 +122,7 @@ def trace_step(
     inputs, resident = static_batch(train.batch_size, image_size, device), None
     if train.loader == "resident":
         data = static_batch(images, image_size, device)
-        inputs, resident = (), resident_data(recipe, *data, MEAN, STD, execution, steps_per_epoch)
+        inputs, resident = (), ResidentData(recipe, *data, MEAN, STD, execution, steps_per_epoch)
     step = build_step(
         recipe,
         num_classes,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rsengine.augment.device import DeviceAugment
-from rsengine.config import AugmentSection, Recipe
+from rsengine.config import Recipe
 from rsengine.data import Dataset
 from rsengine.data.beton.reader import MODE_RAW, BetonReader
 from rsengine.device import Execution
@@ -33,93 +33,63 @@ ORDER_LIMIT = 2**29  # bytes of the table of orders: 2,684 epochs of CIFAR's 50,
 
 
 class ResidentData:
-    """A training set on its device. ``resident(counter)`` makes the batch of a step there.
+    """A training set on the device of a run. ``resident(counter)`` gives the batch of a step.
+
+    Batches are normalised, in the precision of ``execution``, if ``recipe.batches_are_normalised``; otherwise they are
+    pixels.
 
     Args:
-        images: (M, H, W, 3) uint8 on the device of the step.
-        labels: (M,) int64 beside them.
-        batch_size: images a step.
-        augment: what happens to an image, as in the FFCV stream.
-        mean: of the data set, 0 to 1, the fill of Cutout.
-        preprocess: normalise in the same pass as the augmentation; ``None`` gives pixels.
-        dtype: of normalised images.
-        seed: of order and augmentation.
-        epochs, steps_per_epoch: length of the run; the counter stays below their product.
+        images: (M, H, W, 3) uint8.
+        labels: (M,) int64.
+        mean, std: of the data set, 0 to 1; the mean is also a colour to fill with.
+        steps_per_epoch: the counter stays below this times ``train.epochs``.
 
     Attributes:
         orders: (epochs * steps_per_epoch, batch_size) int32, the images of every step.
 
     Raises:
-        ValueError: tensors of other shapes, dtypes or devices; too few images; orders above :data:`ORDER_LIMIT`.
+        ValueError: tensors of other shapes or dtypes; too few images; orders above :data:`ORDER_LIMIT`.
     """
 
     def __init__(
         self,
+        recipe: Recipe,
         images: Tensor,
         labels: Tensor,
-        batch_size: int,
-        augment: AugmentSection,
         mean: Sequence[float],
-        *,
-        seed: int,
-        epochs: int,
+        std: Sequence[float],
+        execution: Execution,
         steps_per_epoch: int,
-        preprocess: Preprocess | None = None,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         if images.dim() != 4 or images.shape[-1] != 3 or images.dtype != torch.uint8:
             raise ValueError(f"images: expected (M, H, W, 3) uint8; got {tuple(images.shape)} {images.dtype}")
         count, height, width, _ = images.shape
-        if labels.shape != (count,) or labels.dtype != torch.int64 or labels.device != images.device:
-            raise ValueError(
-                f"labels: expected ({count},) int64 on {images.device}; "
-                f"got {tuple(labels.shape)} {labels.dtype} on {labels.device}"
-            )
-        self.images, self.labels, self.steps_per_epoch = images, labels, steps_per_epoch
-        orders = step_orders(seed, count, batch_size, epochs, steps_per_epoch)
-        self.orders = torch.from_numpy(orders).to(images.device)
+        if labels.shape != (count,) or labels.dtype != torch.int64:
+            raise ValueError(f"labels: expected ({count},) int64; got {tuple(labels.shape)} {labels.dtype}")
+        train, device = recipe.train, execution.device
+        self.images, self.labels, self.steps_per_epoch = images.to(device), labels.to(device), steps_per_epoch
+        orders = step_orders(train.seed, count, train.batch_size, train.epochs, steps_per_epoch)
+        self.orders = torch.from_numpy(orders).to(device)
         self.augment = DeviceAugment(
-            augment, (height, width), mean, seed=seed, device=images.device, preprocess=preprocess, dtype=dtype
+            recipe.augment,
+            (height, width),
+            mean,
+            seed=train.seed,
+            device=device,
+            preprocess=Preprocess(mean, std, device) if recipe.batches_are_normalised else None,
+            dtype=execution.autocast_dtype or torch.float32,
         )
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, Tensor]:
         """``counter``: () int64, the steps done. Returns images and (N,) int64 labels, new tensors.
 
-        Images are (N, H, W, 3) uint8, or with ``preprocess`` normalised (N, 3, H, W) in channels_last memory format.
+        Images are (N, H, W, 3) uint8, or normalised (N, 3, H, W) in channels_last memory format.
 
         Nothing here reads a tensor's value on the host, and every index is a tensor on the device.
         """
         chosen = self.orders.index_select(0, counter.view(1)).view(-1).long()
         images = self.augment(self.images, chosen, counter // self.steps_per_epoch)
         return images, self.labels.index_select(0, chosen)
-
-
-def resident_data(
-    recipe: Recipe,
-    images: Tensor,
-    labels: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    execution: Execution,
-    steps_per_epoch: int,
-) -> ResidentData:
-    """A training set on the device of ``execution`` as a run of ``recipe`` uses it: see :class:`ResidentData`.
-
-    Batches come normalised, in the precision of ``execution``, where ``recipe.batches_are_normalised``.
-    """
-    train, device = recipe.train, execution.device
-    return ResidentData(
-        images.to(device),
-        labels.to(device),
-        train.batch_size,
-        recipe.augment,
-        mean,
-        seed=train.seed,
-        epochs=train.epochs,
-        steps_per_epoch=steps_per_epoch,
-        preprocess=Preprocess(mean, std, device) if recipe.batches_are_normalised else None,
-        dtype=execution.autocast_dtype or torch.float32,
-    )
 
 
 def load_resident(dataset: Dataset, recipe: Recipe, execution: Execution) -> ResidentData:
@@ -143,7 +113,7 @@ def load_resident(dataset: Dataset, recipe: Recipe, execution: Execution) -> Res
     needed += order_bytes(dataset.train_count, train.batch_size, train.epochs, steps)
     check_fits(needed, free_memory(device), device)
     images, labels = read_images(dataset.train_beton)
-    return resident_data(recipe, images, labels, dataset.mean, dataset.std, execution, steps)
+    return ResidentData(recipe, images, labels, dataset.mean, dataset.std, execution, steps)
 
 
 def read_images(path: Path) -> tuple[Tensor, Tensor]:

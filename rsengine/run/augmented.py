@@ -52,4 +52,4 @@ def draw_augmented(
         if program is not None:
             captions.append(["\n".join(describe(program, seed, epoch, int(i))) for i in indices])
     names = [dataset.classes[label] for label in reader.labels[indices]]
-    plots.image_grid(rows, path, titles=names, captions=captions if program is not None else None, title=title)
+    plots.image_grid(rows, path, titles=names, captions=captions if program is not None else (), title=title)

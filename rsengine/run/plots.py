@@ -207,8 +207,8 @@ def image_grid(
     rows: Sequence[tuple[str, np.ndarray]],
     path: Path,
     *,
-    titles: Sequence[str] | None = None,
-    captions: Sequence[Sequence[str]] | None = None,
+    titles: Sequence[str],
+    captions: Sequence[Sequence[str]] = (),
     title: str,
 ) -> None:
     """Draw rows of images, each with its label on the left, e.g. originals above their augmented versions.
@@ -219,28 +219,11 @@ def image_grid(
     Args:
         rows: (label, images) pairs; images is uint8 (N, H, W, 3), RGB, N and H and W >= 1 and equal in all rows.
         path: the PNG to write, at most about 1400 pixels wide.
-        titles: N texts above the columns, e.g. class names, or None.
-        captions: N texts a row, of one line or several, below the images, e.g. what was done to each; or None.
+        titles: N texts above the columns, e.g. class names.
+        captions: N texts a row, of one line or several, below the images, e.g. what was done to each; or nothing.
         title: printed above.
-
-    Raises:
-        ValueError: no rows, an array of another shape or dtype, rows that differ in shape, or not N titles, or captions
-            that are not N a row.
     """
-    if not rows:
-        raise ValueError("rows: expected at least one row of images, got none")
-    shape = np.shape(rows[0][1])
-    for label, images in rows:
-        if images.ndim != 4 or images.shape[3] != 3 or not images.size or images.dtype != np.uint8:
-            raise ValueError(f"rows[{label!r}]: expected uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
-        if images.shape != shape:
-            raise ValueError(f"rows[{label!r}]: expected shape {shape} as in the first row, got {images.shape}")
-    number, height, width = shape[:3]
-    if titles is not None and len(titles) != number:
-        raise ValueError(f"titles: expected {number}, one a column, got {len(titles)}")
-    if captions is not None and [len(texts) for texts in captions] != [number] * len(rows):
-        raise ValueError(f"captions: expected {len(rows)} rows of {number}, got {[len(texts) for texts in captions]}")
-
+    number, _, width = rows[0][1].shape[:3]
     # The layout is counted in pixels and the images are placed unscaled: axes would resample them.
     edge, gap = 24, 8
     labels = ["\n".join(textwrap.wrap(_short(label, 60), 16)) for label, _ in rows]
@@ -251,8 +234,8 @@ def image_grid(
     thin = max(1, math.ceil(width / max(room, 1)))
     cells = [images[:, ::thin, ::thin].repeat(grow, axis=1).repeat(grow, axis=2) for _, images in rows]
     cell_h, cell_w = cells[0].shape[1:3]
-    top = edge + 62 + (34 if titles is not None else 0)
-    lines = max((text.count("\n") + 1 for texts in captions or () for text in texts), default=0)
+    top = edge + 96
+    lines = max((text.count("\n") + 1 for texts in captions for text in texts), default=0)
     pitch = cell_h + gap + 14 * lines
     page_w = max(left + number * (cell_w + gap) - gap + edge, 480)
     page_h = top + len(rows) * pitch - gap + edge
@@ -271,17 +254,16 @@ def image_grid(
             for column, image in enumerate(images):
                 x = left + column * (cell_w + gap)
                 figure.figimage(image, x, page_h - y - cell_h, origin="upper")
-                if captions is not None:
+                if captions:
                     below = [_short(line, 30) for line in captions[row][column].split("\n")]
                     size = min(_fitting(line, 0.9 * cell_w, largest=6.5) for line in below)
                     text(x, y + cell_h + 2, "\n".join(below), ha="left", va="top", fontsize=size, linespacing=1.1)
-        if titles is not None:
-            # One size for all of them, the one at which the longest fits.
-            above = [_short(words, 24) for words in titles]
-            size = min(_fitting(words, cell_w + gap - 4, largest=10) for words in above)
-            for column, words in enumerate(above):
-                x = left + column * (cell_w + gap) + cell_w / 2
-                text(x, top - 8, words, ha="center", va="bottom", fontsize=size)
+        # One size for all titles, the one at which the longest fits.
+        above = [_short(words, 24) for words in titles]
+        size = min(_fitting(words, cell_w + gap - 4, largest=10) for words in above)
+        for column, words in enumerate(above):
+            x = left + column * (cell_w + gap) + cell_w / 2
+            text(x, top - 8, words, ha="center", va="bottom", fontsize=size)
         save_figure(figure, path)
 
 

@@ -52,12 +52,10 @@ def batch(resident, step):
     return resident(torch.tensor(step))
 
 
-def small(count=40, batch_size=8, augment=AUGMENT, epochs=3, steps_per_epoch=5, device="cpu", **options):
-    rng = np.random.default_rng(0)
-    images = torch.from_numpy(rng.integers(0, 256, (count, 9, 7, 3), dtype=np.uint8)).to(device)
-    labels = torch.arange(count).to(device)
-    options = {"seed": 1, "epochs": epochs, "steps_per_epoch": steps_per_epoch} | options
-    return ResidentData(images, labels, batch_size, augment, (0.5, 0.4, 0.3), **options)
+def small(augment=AUGMENT):
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 9, 7, 3), dtype=np.uint8))
+    wanted = recipe(seed=1, epochs=3, batch_size=8, augment=augment)
+    return ResidentData(wanted, images, torch.arange(40), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), CPU, 5)
 
 
 # --- the same as the stream -----------------------------------------------------------------------------------------
@@ -289,4 +287,4 @@ def test_fewer_images_than_a_batch_are_refused(toy_dataset):
 )
 def test_tensors_of_another_kind_are_refused(images, labels, message):
     with pytest.raises(ValueError, match=message):
-        ResidentData(images, labels, 4, AUGMENT, (0, 0, 0), seed=0, epochs=1, steps_per_epoch=2)
+        ResidentData(recipe(batch_size=4), images, labels, (0, 0, 0), (1, 1, 1), CPU, 2)

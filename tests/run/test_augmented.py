@@ -39,7 +39,7 @@ def test_without_a_policy_there_are_no_captions(digits, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr("rsengine.run.plots.image_grid", lambda rows, path, **how: drawn.update(rows=rows, **how))
     draw_augmented(digits, AugmentSection(crop_padding=0, flip=False), tmp_path / "a.png", title="t")
-    assert drawn["captions"] is None
+    assert drawn["captions"] == ()
     for _, images in drawn["rows"][1:]:
         np.testing.assert_array_equal(images, drawn["rows"][0][1])
 

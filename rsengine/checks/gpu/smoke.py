@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rsengine.augment import DeviceAugment
 from rsengine.checks.gpu.device import DRY_RUN, Setup
-from rsengine.checks.gpu.equality import exact_convolutions, loss_difference
+from rsengine.checks.gpu.equality import difference, exact_convolutions, loss_difference
 from rsengine.checks.gpu.steps import capture, device_batches, make_step
 from rsengine.data import find_dataset
 from rsengine.kernels import (
@@ -150,9 +150,6 @@ def feeder(setup: Setup) -> dict[str, Any]:
 
 
 def compare(ours: Sequence[Tensor], eager: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
-    worst = 0.0
-    for a, b in zip(ours, eager, strict=True):
-        distance = ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
-        worst = max(worst, distance if distance == distance else float("inf"))
+    worst = max(difference([t.double() for t in eager], [t.double() for t in ours]))
     wrong = [f"Triton and eager differ by {worst:.2g}, relative"] if worst > TOLERANCES[dtype] else []
     return {"difference": worst, "tolerance": TOLERANCES[dtype], "wrong": wrong}

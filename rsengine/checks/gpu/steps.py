@@ -15,7 +15,7 @@ from rsengine.device import Execution
 from rsengine.engine.build import build_step
 from rsengine.engine.graph import CapturedStep, compile_forward, static_batch
 from rsengine.engine.step import TrainStep
-from rsengine.input.resident import ResidentData, resident_data
+from rsengine.input.resident import ResidentData
 from rsengine.input.transfer import Batch
 
 MEAN, STD, CLASSES = (0.5,) * 3, (0.25,) * 3, 10
@@ -36,7 +36,7 @@ def execution_on(device: Device, bf16: bool) -> Execution:
 
 def resident_batches(recipe: Recipe, device: Device, bf16: bool) -> ResidentData:
     images, labels = (torch.cat(parts) for parts in zip(*host_batches(recipe, KEPT_BATCHES), strict=True))
-    return resident_data(recipe, images, labels, MEAN, STD, execution_on(device, bf16), KEPT_BATCHES)
+    return ResidentData(recipe, images, labels, MEAN, STD, execution_on(device, bf16), KEPT_BATCHES)
 
 
 def host_batches(recipe: Recipe, count: int = KEPT_BATCHES) -> list[Batch]:
