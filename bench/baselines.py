@@ -1,4 +1,4 @@
-"""What people would train a ResNet-RS with instead, as one callable a step: timm in a plain loop, and the report's own.
+"""Baselines, each a callable that does one step: timm in a plain loop, and the report's loop.
 
 All take the same network, batch, optimiser, label smoothing and EMA as rsengine's step beside them.
 """
@@ -76,7 +76,7 @@ def rsengine_step(case: Case) -> tuple[Callable[[], None], TrainStep]:
 
 
 def without_native(case: Case) -> Callable[[], None]:
-    """rsengine's step with batch norm by PyTorch's operators: what the passes in C give."""
+    """rsengine's step with PyTorch's operators for batch norm, which shows what the passes in C gain."""
     return eager_only()(rsengine_step(case)[0])
 
 

@@ -1,5 +1,4 @@
-"""What people would train a ResNet-RS with on a GPU instead, each in turn with our captured step: a part of
-``python -m rsengine.gpu_check``.
+"""Baselines on a GPU, each in turn with rsengine's captured step: a part of ``python -m rsengine.gpu_check``.
 
 The same network, optimiser, label smoothing and EMA on both sides, batches of 32x32 pixels already on the device (the
 baselines' are normalised float32, ours uint8). The baselines have ``torch.backends.cudnn.benchmark`` on.

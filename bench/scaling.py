@@ -1,4 +1,4 @@
-"""`python -m bench.scaling`: how images/s and peak memory of a training step grow, into docs/performance.md.
+"""`python -m bench.scaling`: write into docs/performance.md how images/s and peak memory of a training step grow.
 
 Every row is a process of its own, so that its peak memory and its threads are its own. Rows that would need more memory
 than is free, or more seconds than ``--limit``, say so in their place. About four minutes on two cores.

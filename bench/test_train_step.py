@@ -1,4 +1,4 @@
-"""One training step: rsengine as a user gets it by default, alone and beside what people would use instead.
+"""One training step: rsengine as a user gets it by default, alone and beside the baselines.
 
 ``test_beside_baselines`` is what `make bench-train` runs: each step has a process of its own and runs once in each
 round, in turn (A B C ... A B C ...), so that what slows the machine slows them alike. Ratios are taken within a round.

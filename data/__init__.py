@@ -1,4 +1,4 @@
-"""Data sets: from any form a user has them in to .beton files, once, and checked.
+"""Data sets of any form, converted once to .beton files and checked.
 
 `find_dataset` is what training calls: it finds a data set, converts it where needed and returns its description.
 `convert` does one conversion, `load_dataset` reads the description of a converted one. Importing this package imports

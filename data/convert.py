@@ -53,7 +53,7 @@ def convert(
     Args:
         source: a path, or "digits"; see `rsengine.data.sources.open.open_source`.
         out: a folder that does not exist or is empty.
-        size: resize the shorter side to so many pixels and cut out the middle square; None keeps every size.
+        size: resize the shorter side to this many pixels and crop the central square; None keeps all sizes.
         verify: compare official CIFAR files with their published checksums.
         image_format: "raw" (exact), or "jpg" (JPEG of quality 95: smaller, not exact).
         test_fraction: share of every class to test on where the source has no test set; default 0.1, for digits 0.2.
@@ -62,7 +62,7 @@ def convert(
         workers: processes that decode; default one a processor.
         overwrite: replace a converted data set in `out`.
         progress: show progress bars when the error output is a terminal.
-        log: is told, in single lines, what was decided on the way.
+        log: called with one line for each decision.
 
     Returns:
         The data set, as `load_dataset(out)` returns it.
@@ -102,7 +102,7 @@ def convert(
                 "seed": seed,
             }
             dataset = _describe(folder, opened, scans, image_format, options)
-            # Last of all, since this is the file that makes the folder a data set.
+            # Written last, because this file makes the folder a data set.
             (folder / DESCRIPTION).write_text(dataset.to_json(), encoding="utf-8")
     except OSError as error:
         name = error.filename if error.filename is not None else out

@@ -34,7 +34,7 @@ class Dataset:
             deviation is that of the population.
         checksum: sha256 of the source: of the archive or file itself, or for a folder of the text
             "<sha256>  <relative path>\\n" over its files sorted by path (what `sha256sum` prints).
-        source: where it came from, in words.
+        source: a description of its source.
         image_format: "raw" or "jpg", how the images are stored.
         versions: name -> version of the software that wrote it.
         options: the options of the conversion.
@@ -87,7 +87,7 @@ class Dataset:
 
 
 def load_dataset(folder: str | Path) -> Dataset:
-    """Read and check the converted data set in `folder`; cheap, the pixels are not read.
+    """Read and check the converted data set in `folder`, without reading the pixels.
 
     Raises:
         DataError: the folder is no converted data set, of another format version, or its .beton files are missing,

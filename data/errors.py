@@ -1,10 +1,10 @@
-"""What is wrong with what a user gave."""
+"""Errors in what a user gave."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something that the user can put right. The message is one line with the remedy; a command prints it as it is.
+    """An error that the user can correct. The message is one line with the remedy; a command prints it as it is.
 
     Attributes:
         status: exit status of a command that ends with it.

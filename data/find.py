@@ -135,7 +135,7 @@ def _open(what: str | Path, log: Callable[[str], None]) -> Dataset:
 
 
 def _converted(source: str | Path, log: Callable[[str], None]) -> Dataset:
-    """The conversion of `source` in the cache, made now if it is not there."""
+    """The conversion of `source` in the cache, made now if there is none."""
     try:
         mark = fingerprint(source)[:12]
     except OSError as error:
@@ -183,10 +183,10 @@ def download_cifar10(log: Callable[[str], None]) -> Path:
     from torchvision.datasets.utils import download_url
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Into a folder of its own: torchvision writes under the final name, and two processes may be at it.
+    # Into its own folder: torchvision writes under the final name, and two processes may download at once.
     folder = Path(tempfile.mkdtemp(prefix=".download-", dir=target.parent))
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_SECONDS)  # torchvision sets none, and would wait for ever on a dead line
+    socket.setdefaulttimeout(DOWNLOAD_SECONDS)  # torchvision sets none, and would wait forever on a dead connection
     try:
         download_url(URL, str(folder), layout.archive, layout.md5)
         (folder / layout.archive).rename(target)

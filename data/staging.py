@@ -2,8 +2,8 @@
 
 Everything goes into a temporary sibling `.<name>.tmp-<pid>`, is flushed to the disk and renamed into place. Whatever
 stops the work removes the temporary folder; only a `kill -9` or a power cut leaves it, and the next conversion into the
-same place removes it then. A lock inside it, which the system lets go when its owner dies, tells the living from the
-dead even where two containers share the disk but not the process numbers.
+same place removes it then. A lock inside it, which the system releases when its owner dies, distinguishes live
+conversions from dead ones, even where two containers share the disk but not the process numbers.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def _make_parents(folder: Path) -> list[Path]:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Remove temporary folders of dead conversions into `out`; put an overwritten data set back if it was caught out
-    of its place."""
+    """Remove temporary folders of dead conversions into `out`; put back an overwritten data set that an interruption
+    left renamed."""
     for entry in out.parent.iterdir():
         match = TEMPORARY.match(entry.name)
         if match is None or not entry.name.startswith(f".{out.name}.{match[1]}-") or not entry.is_dir():

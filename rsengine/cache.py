@@ -1,4 +1,4 @@
-"""Where this project keeps what it can make again: converted data sets, downloads, compiled code."""
+"""Where this project caches what it can make again: converted data sets, downloads, compiled code."""
 
 from __future__ import annotations
 

@@ -110,12 +110,12 @@ class OptimizerSection:
     momentum: float = _number(0.9, 0.0, 0.9999, help="momentum")
     nesterov: bool = _flag(True, help="Nesterov momentum")
     muon_learning_rate: float = _number(
-        0.1, 0.0, 10.0, help="muon: step over weight in length where schedule.learning_rate peaks, whose shape it has"
+        0.1, 0.0, 10.0, help="muon: length of a step over that of the weight, at the peak of schedule.learning_rate"
     )
     muon_momentum: float = _number(0.9, 0.0, 0.9999, help="muon: momentum of the convolutions")
     weight_decay: float = _number(4e-5, 0.0, 1.0, help="weight decay")
     decay_bn_and_bias: bool = _flag(False, help="apply weight decay to batch-norm parameters and biases too")
-    clip_norm: float = _number(0.0, 0.0, help="longest gradient, as one vector over all parameters; 0: no clipping")
+    clip_norm: float = _number(0.0, 0.0, help="largest norm of the gradient over all parameters; 0: no clipping")
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ class EmaSection:
 
 @dataclass(frozen=True)
 class AugmentSection:
-    """What happens to training images, in this order: to each by itself in the data pipeline, on uint8 pixels; then to
-    a batch in the step (:mod:`rsengine.augment.mixup`). With mixup and cutmix both on, each batch gets one of them at
+    """What happens to training images, in this order: to each image in the data pipeline, on uint8 pixels; then to each
+    batch in the step (:mod:`rsengine.augment.mixup`). With mixup and cutmix both on, each batch gets one of them at
     random."""
 
     crop_padding: int = _number(4, 0, integer=True, help="pad by this many pixels and crop back; 0: no crop")
@@ -154,8 +154,10 @@ class AugmentSection:
     flip: bool = _flag(True, help="mirror left to right with probability one half")
     alternating_flip: bool = _flag(False, help="with flip: mirror each image in every other epoch, not at random")
     policy: str = _choice("none", POLICIES, help="learned or random operations on colour and geometry")
-    policy_interpolation: str = _choice("nearest", INTERPOLATIONS, help="of the policy's geometric operations")
-    policy_fill: str = _choice("zero", FILLS, help="colour that the policy's geometric operations move in")
+    policy_interpolation: str = _choice(
+        "nearest", INTERPOLATIONS, help="of the policy's shears, translations and rotations"
+    )
+    policy_fill: str = _choice("zero", FILLS, help="fill colour of the policy's geometric operations")
     randaugment_ops: int = _number(2, 1, integer=True, help="randaugment: N, operations an image")
     randaugment_magnitude: float = _number(9.0, 0.0, 30.0, help="randaugment: M, a bin of 31; if increasing, of 10")
     randaugment_std: float = _number(0.0, 0.0, help="randaugment: standard deviation of the magnitude")
@@ -180,11 +182,11 @@ class TrainSection:
     epochs: int = _number(10, 1, integer=True, help="passes over the training set")
     batch_size: int = _number(128, 2, integer=True, help="images a step")
     micro_batches: int = _number(
-        1, 1, integer=True, help="parts a batch goes through the network in, gradients summed; batch norm sees one part"
+        1, 1, integer=True, help="parts of a batch that go through the network in turn; batch norm sees one part"
     )
     eval_batch_size: int = _number(500, 1, integer=True, help="images a batch in evaluation")
-    evaluate_every: int = _number(1, 1, integer=True, help="epochs from one evaluation to the next; the last has one")
-    start_scale: float = _number(1.0, 0.1, 1.0, help="side of training images in the first epoch over their full one")
+    evaluate_every: int = _number(1, 1, integer=True, help="epochs between evaluations; the last epoch has one")
+    start_scale: float = _number(1.0, 0.1, 1.0, help="side of training images in the first epoch over their full side")
     full_scale_from: float = _number(0.6, 0.0, 1.0, help="fraction of the run after which images have their full size")
     label_smoothing: float = _number(0.1, 0.0, 1.0, help="label smoothing")
     seed: int = _number(0, 0, 2**31 - 1, integer=True, help="seed of weights, order, augmentation and dropout")
@@ -250,9 +252,9 @@ class Recipe:
 
     @property
     def batches_are_normalised(self) -> bool:
-        """Whether a step's images come normalised, or as pixels for the step to normalise.
+        """Whether a step receives normalised images, rather than pixels that it normalises itself.
 
-        Resident data are normalised as they are augmented, in one pass, unless the step mixes pixels first.
+        Resident data are normalised in the same pass as they are augmented, unless the step mixes pixels first.
         """
         return self.train.loader == "resident" and not self.augment.mixes
 
@@ -333,9 +335,9 @@ def _read(text: str, origin: str, extended_by: tuple[str, ...]) -> Recipe:
         expected = f"extends: expected one of {', '.join(names)}"
         raise RecipeError(f"{origin}: {expected}; got {name!r}{_nearest(name, names)}")
     if name in chain:
-        raise RecipeError(f"{origin}: extends: expected no circle; got {' -> '.join((*chain, name))}")
+        raise RecipeError(f"{origin}: extends: expected no cycle; got {' -> '.join((*chain, name))}")
     base = _read((_shipped() / f"{name}.toml").read_text("utf-8"), name, chain)
-    # A name and a comment belong to one file: those of the base would say what this recipe is not.
+    # A name and a comment belong to one file: those of the base describe another recipe.
     return replace(base, name=Recipe.name, comment=Recipe.comment).with_values(values)
 
 

@@ -58,11 +58,11 @@ def choose_execution(device: str = "auto", precision: str = "auto") -> Execution
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library reuse the memory of large tensors. False: it is not glibc, and nothing was changed.
+    """Let the C library reuse the memory of large tensors. Returns False if it is not glibc; nothing is changed then.
 
-    glibc maps a block of more than 32 MiB from the system and gives it back when it is freed, so that a step whose maps
-    are that large has the kernel clear every page of them again: two fifths of its time (``docs/performance.md``). The
-    32 MiB are the most that its own threshold (M_MMAP_THRESHOLD) can be set to; to map nothing is the way past it.
+    glibc maps a block of more than 32 MiB from the system and returns it when it is freed, so the kernel clears every
+    page of such maps again in each step: two fifths of a step's time (``docs/performance.md``). The threshold
+    (M_MMAP_THRESHOLD) cannot be higher than 32 MiB, so mapping is turned off.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -75,7 +75,7 @@ def keep_freed_memory() -> bool:
 
 @contextlib.contextmanager
 def preserved_threads() -> Iterator[None]:
-    """Put torch's thread count back afterwards: importing FFCV sets it to 1, building a loader to its workers."""
+    """Restore torch's thread count afterwards: importing FFCV sets it to 1, a loader to the number of its workers."""
     before = torch.get_num_threads()
     try:
         yield

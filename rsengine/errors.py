@@ -9,7 +9,7 @@ from rsengine.data.errors import UserError
 
 
 class SettingsError(UserError, ValueError):
-    """Settings that do not go together, or that this machine or data set cannot run."""
+    """Incompatible settings, or settings that this machine or data set cannot run."""
 
 
 class LoaderError(UserError):
@@ -19,7 +19,7 @@ class LoaderError(UserError):
 def run_command(run: Callable[[], int]) -> int:
     """Run a command and return its exit status.
 
-    What the user can put right becomes one line. Any other exception is a fault of the program and keeps its traceback.
+    An error that the user can correct becomes one line. Any other exception is a bug and keeps its traceback.
     """
     try:
         return run()

@@ -1,8 +1,8 @@
 """``python -m rsengine.gpu_check``: everything that only a GPU can tell, in one call of a few minutes.
 
 Parts run in order of value, each in a process of its own and each row of a part within its own limit, so that a hang, a
-crash or a broken CUDA context costs the others nothing. Every result is written as soon as it is there, to one JSON and
-one Markdown file named by card and date. A second call goes on with what is missing. Works in a copied source tree
+crash or a broken CUDA context costs the others nothing. Every result is written at once, to one JSON and
+one Markdown file named by card and date. A second call continues with what is missing. Works in a copied source tree
 without installation. Without a CUDA GPU it says so and changes nothing.
 """
 
@@ -99,7 +99,7 @@ def _run(parts: list[Part], arguments: argparse.Namespace, out: Path) -> int:
             unwritten.clear()
         except OSError as error:  # a full disk: what was measured is still printed at the end
             if not unwritten:
-                say(f"cannot write {out}: {error.strerror}; make room, the results are written again with the next row")
+                say(f"cannot write {out}: {error.strerror}; free some space; they are written again with the next row")
             unwritten[:] = [f"not written: {out / stem}.json ({error.strerror})"]
 
     check = Check(
@@ -127,7 +127,7 @@ def _run(parts: list[Part], arguments: argparse.Namespace, out: Path) -> int:
 
 @contextlib.contextmanager
 def ended_like_ctrl_c() -> Iterator[None]:
-    """In the block SIGTERM and SIGHUP do what Ctrl-C does: the parts end as well, and what they found is written."""
+    """In this block SIGTERM and SIGHUP act like Ctrl-C: the parts end too, and what they have found is written."""
     numbers = signal.SIGTERM, signal.SIGHUP
     before = [signal.signal(number, signal.default_int_handler) for number in numbers]
     try:
@@ -159,7 +159,7 @@ def earlier(stem: str, folders: list[Path]) -> dict[str, Any]:
     """What an earlier call of today has found on this card, in the first of ``folders`` that holds it.
 
     Raises:
-        SettingsError: the file is damaged, or of something else.
+        SettingsError: the file is damaged, or was not written by this check.
     """
     for folder in folders:
         file = folder / f"{stem}.json"
@@ -167,7 +167,7 @@ def earlier(stem: str, folders: list[Path]) -> dict[str, Any]:
             continue
         try:
             found = json.loads(file.read_text())
-            report.render(found["parts"], found["calls"])  # which looks at all that a call relies on
+            report.render(found["parts"], found["calls"])  # reads everything that a call relies on
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
             raise SettingsError(f"{file}: not a result of this check ({problem}); move it away") from error
@@ -177,7 +177,7 @@ def earlier(stem: str, folders: list[Path]) -> dict[str, Any]:
 
 
 def source_digest() -> str:
-    """The start of a hash over the sources that are measured: which code a figure is of, where there is no git."""
+    """The start of a hash of the measured sources: it identifies the code of a figure where there is no git."""
     digest = hashlib.sha256()
     for folder in ("rsengine", "kernels", "data", "bench"):
         for file in sorted((ROOT / folder).rglob("*.py")):

@@ -1,4 +1,4 @@
-"""What the system says of the processors. The only reader of /proc/cpuinfo."""
+"""What the system says about the processors. Nothing else reads /proc/cpuinfo."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ LISTING = Path("/proc/cpuinfo")
 
 
 def listing() -> list[dict[str, str]]:
-    """The fields of each logical processor, as the system names them; none where it has no such list, as elsewhere
-    than on Linux."""
+    """The fields of each logical processor, as the system names them; none on systems other than Linux, which have no
+    such list."""
     try:
         text = LISTING.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -19,6 +19,6 @@ def listing() -> list[dict[str, str]]:
 
 
 def features() -> frozenset[str]:
-    """The instruction sets that every processor has, x86 `flags` or Arm `Features`; none where the system is silent."""
+    """The instruction sets that every processor has, x86 `flags` or Arm `Features`; none if the system does not say."""
     sets = [set(fields[name].split()) for fields in listing() for name in ("flags", "Features") if name in fields]
     return frozenset(set.intersection(*sets)) if sets else frozenset()

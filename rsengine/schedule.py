@@ -95,7 +95,7 @@ def image_size_table(
     """The height and width of training images in every epoch: progressive resizing (Howard et al., fast.ai, 2018).
 
     Sides grow linearly with the epochs from ``start_scale`` of ``full`` to all of it at ``full_from`` of the run, in
-    multiples of eight pixels, rounded down, so that a network can halve them three times without a rest.
+    multiples of eight pixels, rounded down, so that a network can halve them three times without a remainder.
     """
     sizes = []
     for epoch in range(epochs):

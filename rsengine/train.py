@@ -1,4 +1,4 @@
-"""``python -m rsengine.train``: train a ResNet-RS by a recipe, and leave a run folder with all there is to know."""
+"""``python -m rsengine.train``: train a ResNet-RS as a recipe says, and record the run in a folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rsengine.run.progress import duration
 from rsengine.run.records import write_records
 from rsengine.trainer import Trainer
 
-say = functools.partial(print, flush=True)  # a log file shows a line when it is said, not kilobytes later
+say = functools.partial(print, flush=True)  # a log file shows each line at once
 
 
 class UsageError(UserError):
@@ -64,7 +64,7 @@ def _train(arguments: argparse.Namespace) -> int:
     out = out or Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     execution = choose_execution(arguments.device, recipe.train.precision)
     if execution.device.type == "cpu" and not keep_freed_memory():
-        say("memory: without glibc large blocks of memory are mapped anew in each step, which takes time")
+        say("memory: without glibc, large blocks of memory are mapped again in each step, which takes time")
     if execution.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # a run has few shapes: each convolution's algorithm is found by trying
     graph, compile = not arguments.no_graph, arguments.compile
@@ -73,7 +73,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if state is not None:
         trainer.restore(state)
     else:
-        trainer.log.truncate_after(-1)  # of a run that was killed before its first checkpoint
+        trainer.log.truncate_after(-1)  # records of a run that was killed before its first checkpoint
         write_atomically(out / RECIPE_FILE, recipe.to_toml().encode())
 
     resume = shlex.join(["python", "-m", "rsengine.train", "--resume", "--out", str(out)])
@@ -82,7 +82,7 @@ def _train(arguments: argparse.Namespace) -> int:
     resume += " --no-graph" * arguments.no_graph + " --compile" * arguments.compile
     _announce(trainer, dataset, explain_step(execution, graph, compile))
     stopped = trainer.run()
-    if stopped:  # said first, and nothing is evaluated: who stops a run does not wait
+    if stopped:  # printed first, and without an evaluation: whoever stops a run should not have to wait
         where = f"step {trainer.steps_done} of {trainer.total_steps}"
         say(f"stopped after {where}; everything is saved. Go on with: {resume}")
     elif not trainer.result:
@@ -122,14 +122,14 @@ def _recipe(arguments: argparse.Namespace, default: str) -> Recipe:
 
 
 def _settings(arguments: argparse.Namespace) -> list[str]:
-    """``--set``, and the options that are short for one."""
+    """``--set``, and the options that abbreviate one."""
     short = {"train.seed": arguments.seed, "train.epochs": arguments.epochs}
     short["train.limit_train_batches"] = arguments.limit_train_batches
     return [*arguments.set, *(f"{key}={value}" for key, value in short.items() if value is not None)]
 
 
 def _resumed_recipe(arguments: argparse.Namespace, saved: Recipe) -> Recipe:
-    """The checkpoint's recipe; what the command line asks for besides must agree with it."""
+    """The checkpoint's recipe. The settings on the command line must agree with it."""
     asked = load_recipe(arguments.recipe) if arguments.recipe else saved
     differences = asked.with_settings(_settings(arguments)).differences(saved)
     if differences:

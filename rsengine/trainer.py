@@ -39,10 +39,10 @@ class DivergedError(UserError):
 
 @dataclass
 class Progress:
-    """Where a run stands: with the recipe, all that decides which batch comes next, and sums since an evaluation."""
+    """The position of a run, which with the recipe determines the next batch, and sums since the last evaluation."""
 
     epoch: int = 0  # epochs completed
-    batch: int = 0  # batches done in the epoch under way
+    batch: int = 0  # batches done in the current epoch
     seconds: float = 0.0  # of training and evaluation, over all processes that worked on the run
     epoch_seconds: float = 0.0  # of training, since the last evaluation
     loss: float = 0.0  # sum over the images since the last evaluation
@@ -128,12 +128,12 @@ class Trainer:
                     return stop.signal
                 self._finish_epoch(display)
                 if stop.signal and self.progress.epoch < train.epochs:
-                    return stop.signal  # it came during the evaluation, which was allowed to end
+                    return stop.signal  # it came during the evaluation, which was completed
         return 0
 
     def _choose_step(self, first: bool) -> Callable[..., None]:
-        """What the loop calls for each step while images have one size. Captures while no loader runs: its thread may
-        use the GPU, and a capture refuses that."""
+        """What the loop calls for each step while images keep their size. It is captured while no loader runs, because
+        the loader's thread may use the GPU, which a capture forbids."""
         device, train = self.execution.device, self.recipe.train
         inputs = self.batches.static_inputs(device) if self.graph else ()
         if self.recorder is not None and first:
@@ -143,7 +143,7 @@ class Trainer:
         return choose_step(self.step, inputs, recorder=self.recorder, compile=self.compile and first)
 
     def _train_epoch(self, step: Callable[..., None], display: Display, stop: StopRequest) -> bool:
-        """The rest of the epoch under way. False: stopped before its end."""
+        """Train for the rest of the current epoch. Returns False if it was stopped before the end."""
         progress, interval = self.progress, self.recipe.train.log_interval
         started = saved = time.perf_counter()
         interval_steps = 0
@@ -155,7 +155,7 @@ class Trainer:
                 display.advance()
                 if self._first_step_pending:
                     self._record_start()
-                    # Counting the model takes seconds; nobody waits for it before the first step.
+                    # Counting the model takes seconds, so the first step comes before it.
                     aside = time.perf_counter()
                     display.line(f"model: {self.step.model.summary(self.dataset.image_size)}")
                     started += time.perf_counter() - aside
@@ -166,7 +166,7 @@ class Trainer:
                 if interval_steps == interval or last or stopping or checkpoint_due:
                     started = self._record_interval(display, started)
                     interval_steps = 0
-                if stopping:  # at the end of an epoch too: its evaluation may take longer than one waits
+                if stopping:  # also at the end of an epoch: an evaluation may take long
                     return False
                 if checkpoint_due and not last:
                     self.save()
@@ -174,10 +174,10 @@ class Trainer:
         return True
 
     def _finish_epoch(self, display: Display) -> None:
-        """Evaluate where that is due, record, and keep the best."""
+        """Evaluate if that is due, record the epoch, and keep the best checkpoint."""
         progress, train = self.progress, self.recipe.train
         if (progress.epoch + 1) % train.evaluate_every and progress.epoch + 1 < train.epochs:
-            self.progress = replace(progress, epoch=progress.epoch + 1, batch=0)  # its sums go on
+            self.progress = replace(progress, epoch=progress.epoch + 1, batch=0)  # the sums continue
             self.save()
             return
         started = time.perf_counter()
@@ -243,7 +243,7 @@ class Trainer:
         )
 
     def _record_interval(self, display: Display, started: float) -> float:
-        """Read the step's sums, add them to the epoch's, log them; refuse a bad loss. Returns the time."""
+        """Read the step's sums, add them to the epoch's and log them. Raises if a loss was bad. Returns the time."""
         totals = self.step.read_totals()
         now = time.perf_counter()
         seconds, progress = now - started, self.progress
@@ -313,7 +313,7 @@ class Trainer:
             save_weights(self.out, self.step.ema_model or self.step.model, self.recipe, self.dataset)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint. Raises :class:`CheckpointError` where it is of another data set or network."""
+        """Resume from a checkpoint. Raises :class:`CheckpointError` if it is of another data set or network."""
         if state["dataset"] != self._dataset_identity():
             raise CheckpointError(
                 f"{self.out / CHECKPOINT_FILE}: the run was on other data ({state['dataset']}) than these "

@@ -150,8 +150,8 @@ def test_extends_follows_a_chain_and_refuses_circles_and_unknown_recipes(tmp_pat
     path.write_text('extends = "third"', encoding="utf-8")
     assert load_recipe(str(path)) == third
     for name, words in {
-        "circle": "back: extends: expected no circle; got circle -> back -> circle",
-        "itself": "itself: extends: expected no circle; got itself -> itself",
+        "circle": "back: extends: expected no cycle; got circle -> back -> circle",
+        "itself": "itself: extends: expected no cycle; got itself -> itself",
         "lost": "lost: extends: expected one of .*; got 'secnod'; did you mean second?",
         "wrong": "extends: expected one of .*; got 3",
         "misspelt": "extend: no such key; did you mean extends?",

@@ -2,7 +2,7 @@
 
 The recipe `speedrun` with three seeds and `speedrun-94`, each to its end; timm's resnetrs50
 (:mod:`bench.speedrun.timm`) and the report's recipe 4 for --minutes at most, evaluation included. Ctrl-C stops; the
-same command goes on: a run that was broken off is resumed and a finished one only says its result again. What has
+same command goes on: an interrupted run is resumed, and a finished one only prints its result again. What has
 finished is kept in test_set.jsonl (:mod:`bench.speedrun.runs`) and in docs/speedrun.md.
 """
 
@@ -25,7 +25,7 @@ BASELINES = ("timm-resnetrs50", "report-4")  # stopped by the clock; rsengine's 
 
 
 def commands(out: Path, data: str | None, seeds: Sequence[int]) -> dict[str, list[str]]:
-    """What runs each, by name; on with those that have a checkpoint under ``out``."""
+    """The command of each run, by name; it resumes a run that has a checkpoint under ``out``."""
 
     def command(module: str, name: str, *options: str) -> list[str]:
         source = ["--data", data] if data else []
@@ -47,7 +47,7 @@ def run(command: Sequence[str], folder: Path, *, seconds: float, poll: float = 5
     clock; then stop it as Ctrl-C would. Returns its exit status; 0 at once where its time is up already."""
     if seconds_of(folder) >= seconds:
         return 0
-    # A shell starts its background jobs deaf to Ctrl-C, and theirs would be too: they could not be stopped.
+    # The background jobs of a shell ignore Ctrl-C, and their children would too: they could not be stopped.
     process = subprocess.Popen(command, cwd=cwd, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         while process.poll() is None and seconds_of(folder) < seconds:
@@ -55,13 +55,13 @@ def run(command: Sequence[str], folder: Path, *, seconds: float, poll: float = 5
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
         return process.wait()
-    except KeyboardInterrupt:  # which the process has got as well: it saves
+    except KeyboardInterrupt:  # which the process has received too: it saves
         process.wait()
         raise
 
 
 def seconds_of(folder: Path) -> float:
-    """Of training and evaluation that the run in ``folder`` has recorded."""
+    """Seconds of training and evaluation that the run in ``folder`` has recorded."""
     return max((record.get("seconds", 0.0) for record in RunLog(folder).records()), default=0.0)
 
 

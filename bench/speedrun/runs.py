@@ -1,4 +1,4 @@
-"""The finished runs that docs/speedrun.md tells of: ``attempts.jsonl`` and ``test_set.jsonl`` beside this module.
+"""The finished runs in docs/speedrun.md: ``attempts.jsonl`` and ``test_set.jsonl`` beside this module.
 
 The first line of a file is ``{"base": …}``, a whole recipe laid out as in TOML. Each line after it is a run: its
 ``name``; its ``recipe``, only what differs from the base, or null where another engine made the run; and its

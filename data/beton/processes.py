@@ -1,4 +1,4 @@
-"""Small things about child processes that both the scan and the writer need."""
+"""Helpers for the child processes of the scan and the writer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 
 
 def fork_context() -> BaseContext:
-    """Forking is what FFCV's writer does, and it spares the children a second start of Python.
+    """The fork context, which FFCV's writer uses too. It spares the children a second start of Python.
 
     The children only decode pictures and write files; they touch neither torch nor a GPU.
     """
@@ -23,7 +23,7 @@ def fork_context() -> BaseContext:
 def follow_parent(parent: int, number: int) -> None:
     """Ask the system to send this process signal `number` when its parent, process `parent`, dies.
 
-    Without it a `kill -9` of the program would leave children that wait on a queue for ever. Linux only; elsewhere it
+    Without it a `kill -9` of the program would leave children that wait on a queue forever. Linux only; elsewhere it
     does nothing.
     """
     if sys.platform != "linux":

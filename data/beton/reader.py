@@ -2,8 +2,8 @@
 
 The layout (version 2): a 24-byte header, one 1041-byte descriptor a field, one metadata record a sample, pages with the
 pixels, and the allocation table. Only the two fields this project writes are understood: `image` and `label`. It is
-used to check what FFCV wrote, and wherever importing FFCV (seconds, and it changes torch's thread count) would be too
-much.
+used to check what FFCV wrote, and wherever FFCV should not be imported: that takes seconds and changes torch's thread
+count.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class BetonReader:
         return self.header.samples
 
     def stored(self, index: int) -> np.ndarray:
-        """The bytes of image `index` as they lie in the file: (size,) uint8, a view."""
+        """The bytes of image `index` as stored in the file: (size,) uint8, a view."""
         pointer = int(self.pointers[index])
         return self._bytes[pointer : pointer + int(self.sizes[index])]
 

@@ -1,4 +1,4 @@
-"""Look at every sample of a split once: prove that it decodes, and measure what dataset.json and the checks need."""
+"""Reads every sample of a split once, to prove that it decodes and to measure what dataset.json and the checks need."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rsengine.data.beton.processes import fork_context, start_worker
 from rsengine.data.errors import DataError
 from rsengine.data.sources.images import ArraySplit, Split
 
-CHUNK = 32  # samples in a task; after an error or Ctrl-C the tasks that have begun are waited for
+CHUNK = 32  # samples in a task; after an error or Ctrl-C, tasks that have begun are completed
 FEW = 1024  # below this many samples starting processes costs more than it saves
 BLOCK = 1 << 20  # pixels summed at a time
 KEEP = 1 << 28  # bytes of decoded images of one size that are kept, so that the writer need not decode them again
@@ -80,7 +80,7 @@ def scan(split: Split, *, workers: int, progress: bool, description: str) -> Sca
             bar.update(len(part.heights))
             kept += 0 if part.images is None else part.images.nbytes
             parts.append(part if kept <= KEEP else replace(part, images=None))
-            if kept > KEEP and parts[0].images is not None:  # too many after all: let go of those kept so far
+            if kept > KEEP and parts[0].images is not None:  # too many after all: drop those kept so far
                 parts = [replace(each, images=None) for each in parts]
     return Scan(
         heights=np.concatenate([part.heights for part in parts]),

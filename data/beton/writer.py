@@ -1,6 +1,6 @@
 """Write .beton files with FFCV, under supervision, and check every sample of what was written.
 
-FFCV's writer waits for ever when one of its processes dies or a sample raises, writes an empty allocation table when
+FFCV's writer waits forever when one of its processes dies or a sample raises, writes an empty allocation table when
 an error occurs at the end, prints its own progress, and importing it sets torch to one thread. So it runs in a child
 process of ours: the parent watches its progress and ends it when there is none, its output goes to a file, and the
 parent never imports it.
@@ -90,10 +90,10 @@ def write_betons(
     """Write one .beton file a job, fields `image` then `label`, samples in order; then check them with `verify_beton`.
 
     Args:
-        scratch: a folder for a log and a message, removed by the caller.
+        scratch: a folder for a log and an error message, removed by the caller.
         image_format: "raw", or "jpg" for JPEG of quality 95.
         workers: processes of FFCV.
-        stall_seconds: give up after so many seconds without a new sample.
+        stall_seconds: give up after this many seconds without a new sample.
 
     Raises:
         DataError: the writer failed, died or made no progress; its processes are ended by then.
@@ -215,8 +215,7 @@ def _write(
         workers_seen.append(multiprocessing.Process(*arguments, **options))
         return workers_seen[-1]
 
-    # FFCV keeps its processes to itself. Asking the system for our children is no way out: one that dies at once is
-    # gone before the question.
+    # FFCV does not expose its processes, and listing our children is not enough: one that dies at once would be missed.
     ffcv.writer.Process = start_process
     threading.Thread(target=_watch_workers, args=(workers_seen, failure), daemon=True).start()
     for job in jobs:

@@ -1,4 +1,4 @@
-"""Checksums, archives and pickles: everything that reads bytes which somebody else made.
+"""Checksums, archives and pickles: everything that reads bytes from an untrusted source.
 
 No member of an archive ever becomes a file under its own name: the contents are appended to one spool file in the
 temporary folder of the conversion, and a member is an offset and a length in it. A hostile name therefore has nowhere
@@ -246,7 +246,7 @@ class _Unpickler(pickle.Unpickler):
 def restricted_loads(data: bytes, name: str) -> Any:
     """Unpickle `data`, allowing plain containers, numbers, strings and numpy arrays, and nothing that runs code.
 
-    Strings written by Python 2 come out as str, one character a byte. `name` stands in the error message.
+    Strings written by Python 2 become str, one character a byte. `name` is for the error message.
 
     Raises:
         DataError: not a pickle, cut short, or referring to anything else.
@@ -254,5 +254,5 @@ def restricted_loads(data: bytes, name: str) -> Any:
     try:
         return _Unpickler(io.BytesIO(data), encoding="latin1").load()
     except Exception as error:
-        # A made-up pickle can make the machine of the pickle module raise almost anything.
+        # A forged pickle can make the pickle module raise almost anything.
         raise DataError(f"{name}: refused or damaged pickle ({error}); get the official file again") from error

@@ -1,4 +1,4 @@
-"""What every form of data set is turned into before it is converted."""
+"""The common form of all sources before conversion."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Source:
 
     Attributes:
         name: short name of the data set.
-        form: what it was, in words.
+        form: a description of the source.
         classes: class names; labels are indices into it.
         train, test: the samples.
         checksum: sha256 of the source. None for a folder of pictures, whose checksum the conversion computes while it
@@ -35,9 +35,9 @@ class Source:
 
 
 def with_validation(source: Source, fraction: float, seed: int) -> Source:
-    """The same source without its test set: a share of every class of the training set stands in its place.
+    """The same source with a share of every training class in place of its test set.
 
-    What a recipe is chosen on, so that the test set stays unseen until the choice is made.
+    Recipes are chosen on that share, so that the test set stays unseen until the choice is made.
     """
     keys = list(source.paths[: len(source.train)]) or [str(i) for i in range(len(source.train))]
     train, test = set_aside(source.train, keys, fraction, seed, source.name)

@@ -1,4 +1,4 @@
-"""Decoding pictures, and the two kinds of split: pixels in memory, and encoded pictures read when they are needed."""
+"""Decoding pictures, and the kinds of split: pixels in memory, encoded pictures read when needed, parts of a split."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def decode_rgb(data: bytes, name: str) -> np.ndarray:
     """Decode a picture to RGB.
 
     Grey, palette and CMYK pictures are converted, 16-bit grey is scaled to 8 bits, transparent pixels are laid over
-    white, and an EXIF rotation is applied. Of an animation the first frame counts.
+    white, and an EXIF rotation is applied. Of an animation, the first frame is used.
 
     Args:
         data: the content of the file.
-        name: stands in the error message.
+        name: for the error message.
 
     Returns:
         (height, width, 3) uint8 RGB, contiguous.
 
     Raises:
-        DataError: not a picture, damaged, cut short, or of a size that cannot be meant.
+        DataError: not a picture, damaged, cut short, or absurdly large.
     """
     if not data:
         raise DataError(f"{name}: empty file, not an image; {REMEDY}")
@@ -83,13 +83,13 @@ def _to_rgb(picture: Image.Image, name: str) -> np.ndarray:
 
 
 def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Resize the shorter side to `size` pixels (bicubic, antialiased) and cut the middle square out.
+    """Resize the shorter side to `size` pixels (bicubic, antialiased) and crop the central square.
 
     Args:
         pixels: (height, width, 3) uint8.
 
     Returns:
-        (size, size, 3) uint8; `pixels` itself where nothing is to be done.
+        (size, size, 3) uint8; `pixels` itself if it has that size.
     """
     height, width = pixels.shape[:2]
     if (height, width) == (size, size):

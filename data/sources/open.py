@@ -1,4 +1,4 @@
-"""Find out which form a source has, and open it."""
+"""Detects the form of a source, and opens it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def open_source(
         verify: compare official CIFAR files with their published checksums.
         test_fraction: share of every class to test on where there is no test set; default 0.1, for digits 0.2.
         seed: chooses those samples.
-        log: is told, in single lines, whatever was decided.
+        log: called with one line for each decision.
 
     Raises:
         DataError: with the file and the remedy, for everything that can be wrong with it.

@@ -1,4 +1,4 @@
-"""One view of a folder, an archive or a single file: relative names and their contents."""
+"""A common view of a folder, an archive or a single file: relative names and their contents."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _walk(root: Path) -> tuple[dict[str, Blob], set[str]]:
         raise DataError(f"{error.filename}: {error.strerror}; check its permissions") from error
 
     ancestors: dict[str, set[tuple[int, int]]] = {str(root): set()}
-    # Links are followed, since people link classes together; a link to a folder above is not, it would never end.
+    # Links are followed, since people link classes together; but not a link to a folder above: that would never end.
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
         status = os.stat(folder)
         above = ancestors.pop(folder)

@@ -23,15 +23,15 @@ size::
         for images, labels in loader:
             ...
 
-Each pass of a loader augments an image in another way, by the number of the pass. To go on with a run at epoch 7, set
-``loader.next_epoch = 7``, which FFCV's order of the images follows too; setting ``operation.epoch = 7`` gives the next
-pass of any loader that number, for this operation alone.
+Each pass of a loader augments an image differently, depending on the number of the pass. To resume a run at epoch 7,
+set ``loader.next_epoch = 7``, which also determines FFCV's order of the images. Setting ``operation.epoch = 7``
+gives the next pass that number for this operation alone.
 
-:class:`DeviceAugment` works on tensors, on any device. Each draws from a counter-based generator keyed by (seed, epoch,
-index of the image), so that an image's augmentation does not depend on the batch, the worker or the order it comes in,
-and a run can be stopped and resumed anywhere.
+:class:`DeviceAugment` works on tensors on any device. Both draw from a counter-based generator keyed by (seed, epoch,
+index of the image), so an image's augmentation does not depend on its batch, worker or position, and a run can be
+stopped and resumed anywhere.
 
-The operations are imported when first asked for: FFCV takes seconds to import, and the device functions do not need it.
+The operations are imported on first use: FFCV takes seconds to import, and the device functions do not need it.
 """
 
 from __future__ import annotations

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class DeviceAugment:
-    """The augmentations of a recipe, in its order, on images that are gathered from a set on the device.
+    """Gathers images from a data set on the device and augments them as a recipe says, in its order.
 
     Args:
-        augment: the recipe's section; mixup and cutmix are not done here.
+        augment: the recipe's section; mixup and cutmix are left to the training step.
         size: (height, width) of the images.
-        mean: of the data set, 0 to 1, a colour to fill with.
-        preprocess: normalise in the same pass; ``None`` leaves pixels.
+        mean: of the data set, 0 to 1; one of the fill colours.
+        preprocess: normalise in the same pass; ``None`` returns pixels.
         dtype: of normalised images.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The colours that recipes fill with."""
+"""The fill colours of recipes."""
 
 from __future__ import annotations
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 class Mix:
-    """Mixes each image with the one before it in the batch (the first with the last): a shuffled batch needs no other.
+    """Mixes each image with the one before it in the batch (the first with the last): in a shuffled batch a random one.
 
     One share and one box serve the whole batch, as in both papers' code. With both kinds on, each batch gets one of
     them, with probability one half.
 
     Args:
-        mixup_alpha, cutmix_alpha: of Beta(alpha, alpha), from which shares are drawn; 0 turns the kind off.
+        mixup_alpha, cutmix_alpha: shares are drawn from Beta(alpha, alpha); 0 turns the kind off.
 
     Raises:
         ValueError: a negative alpha, or both 0.
@@ -33,7 +33,7 @@ class Mix:
         self.mixup_alpha, self.cutmix_alpha = mixup_alpha, cutmix_alpha
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix a batch of pixels; their normalisation is affine, so that mixing before it is mixing after it.
+        """Mix a batch of pixels. Normalisation is affine, so mixing before it equals mixing after it.
 
         Args:
             images: (N, H, W, 3) uint8, or floating point.
@@ -70,11 +70,11 @@ def symmetric_beta(alpha: float, u: Tensor, v: Tensor) -> Tensor:
 def outside_box(share: Tensor, row: Tensor, column: Tensor, height: int, width: int) -> Tensor:
     """1 outside the box that cutmix takes from the other image, 0 inside.
 
-    As the authors' code has it: sides of ``sqrt(1 - share)`` of the image's, in whole pixels, about a uniformly drawn
-    pixel, cut at the edges. Their halves are whole pixels too, so that a side is even.
+    As in the authors' code, its sides are ``sqrt(1 - share)`` of the image's, in whole pixels, and it is centred on a
+    uniformly drawn pixel and clipped at the edges. Half a side is a whole number of pixels too, so a side is even.
 
     Args:
-        share: () what would stay of the image if nothing were cut or rounded.
+        share: () the share of the image that would remain without clipping and rounding.
         row, column: () uniform in [0, 1): the centre.
 
     Returns:

@@ -1,7 +1,7 @@
 """The augmentations as FFCV operations: pad-and-crop, flips, Cutout, and the policies.
 
-The loops are numba functions at module level, so that their machine code is cached on disk and compiled once a machine;
-FFCV compiles what it generates itself anew in every process. They run in FFCV's thread without the interpreter lock.
+The loops are numba functions at module level, which are compiled once per machine and cached on disk; code that FFCV
+generates is compiled again in every process. They run in FFCV's thread and release the GIL.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from rsengine.kernels.augment_tables import (
     check_crop_padding,
 )
 
-# FFCV makes a typed dictionary when imported, and numba would compile its methods anew in every process: about three
-# seconds. Cached on disk like our own functions, they are compiled once a machine.
+# Importing FFCV makes a typed dictionary, whose methods numba would compile in every process, in about three seconds.
+# With caching they are compiled once per machine, like our own functions.
 for _method in vars(typeddict).values():
     if isinstance(_method, Dispatcher):
         _method.enable_caching()
@@ -78,12 +78,12 @@ class SeededOperation(Operation):
         self._set = 0
         self._is_for_next_pass = False
         self._ahead_of_loader = 0
-        # FFCV runs each pass in a thread of its own, and a pass that was left early may still be at a batch.
+        # FFCV runs each pass in a thread of its own, and one that was abandoned may still be working on a batch.
         self._passes: WeakKeyDictionary[Thread, int] = WeakKeyDictionary()
 
     @property
     def epoch(self) -> int:
-        """In the thread of a pass its number; elsewhere the number that was set last, at first 0."""
+        """In the thread of a pass, the number of that pass; elsewhere the number last set, initially 0."""
         return self._passes.get(current_thread(), self._set)
 
     @epoch.setter
@@ -187,9 +187,9 @@ class PolicyOperation(SeededOperation):
     """A policy of :mod:`rsengine.augment.policies`, in place, on images of any one size.
 
     Args:
-        make: gives the policy for images of a size (height, width).
-        interpolation: ``"nearest"`` or ``"bilinear"``, of shears, translations and rotations.
-        fill: uint8 colour that these move in.
+        make: returns the policy for images of a size (height, width).
+        interpolation: ``"nearest"`` or ``"bilinear"``, for shears, translations and rotations.
+        fill: uint8 colour of the pixels that these uncover.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """The operations on one image as numba code: Pillow's arithmetic, byte for byte.
 
 Each takes (H, W, 3) uint8 C-contiguous arrays; ``image`` is read, ``out`` written, and they are never the same array.
-Strict IEEE arithmetic: numba without fastmath contracts no product and sum into one rounding, as Pillow's C does not.
+The arithmetic is strict IEEE: numba without fastmath does not fuse a product and a sum into one rounding, and neither
+does Pillow's C code.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ def equalize(image, out, table, counts):
 
 @njit(cache=True, nogil=True)
 def apply_setting(image, out, kind, factor, table, fixed, matrix, bilinear, fill, scratch, counts):
-    """One setting of a program, but not IDENTITY. Room to work: ``scratch``, 256 uint8, and ``counts``, 256 int64."""
+    """Apply one setting other than IDENTITY. ``scratch`` (256 uint8) and ``counts`` (256 int64) are work space."""
     if kind == LOOKUP:
         look_up(image, out, table)
     elif kind == COLOR:

@@ -1,4 +1,4 @@
-"""The policies and their magnitudes: the one table of each, which the FFCV operations and the device functions share.
+"""The policies and their magnitudes, in tables that the FFCV operations and the device functions share.
 
 A policy is a :class:`Policy`: groups of slots, each slot a list of :class:`Choice`. To augment an image, draw a group;
 then, in each of its slots in turn, draw a choice, apply its operation with its probability at a drawn magnitude and
@@ -78,8 +78,8 @@ _PLAIN = {"identity": (0.0,), "autocontrast": (0.0,), "equalize": (0.0,)}
 
 
 def _line(start: float, stop: float, bins: int) -> tuple[float, ...]:
-    """``torch.linspace`` in float32, on whose last bits thresholds hang: a float32 step, taken from either end towards
-    the middle in one rounding."""
+    """``torch.linspace`` in float32, to the bit, because thresholds depend on it: each half is computed from its own
+    end, with one rounding for each value."""
     step = float(np.float32(stop - start) / np.float32(bins - 1))
     ends = float(np.float32(start)), float(np.float32(stop))
     values = (ends[0] + step * i if i < bins // 2 else ends[1] - step * (bins - 1 - i) for i in range(bins))
@@ -215,7 +215,7 @@ def randaugment(
     Args:
         num_ops: N, operations an image.
         magnitude: M, one of torchvision's ``bins``, from 0; with ``increasing``, timm's level from 0 to 10.
-        magnitude_std: each operation's magnitude is drawn from a normal distribution about ``magnitude`` (timm's
+        magnitude_std: each operation's magnitude is drawn from a normal distribution around ``magnitude`` (timm's
             ``mstd``), rounded to a whole bin unless ``increasing``.
         increasing: timm's ``inc1``: its 15 operations and ranges, each applied with probability one half.
 
@@ -251,9 +251,9 @@ def augmix(size: tuple[int, int], severity: int = 3, width: int = 3, depth: int 
     """AugMix (Hendrycks et al. 2020, arXiv 1912.02781), alpha 1, with torchvision's operations.
 
     Args:
-        severity: magnitudes are drawn from the first so many of 10 bins.
-        width: chains.
-        depth: longest chain.
+        severity: magnitudes are drawn from the first ``severity`` of 10 bins.
+        width: number of chains.
+        depth: length of the longest chain.
 
     Raises:
         ValueError: a number out of its range.
@@ -280,7 +280,7 @@ def check_crop(augment: AugmentSection, size: tuple[int, int]) -> None:
 
 
 def policy_of(augment: AugmentSection, size: tuple[int, int]) -> Policy | None:
-    """The policy that a recipe names, for images of ``size`` (height, width); ``None`` where it names none.
+    """The policy that a recipe names, for images of ``size`` (height, width), or ``None``.
 
     Raises:
         ValueError: settings that the policy refuses.

@@ -14,7 +14,7 @@ _ONE = 65536  # the sum of AugMix's weights
 
 
 def program_arrays(program: Program) -> tuple[np.ndarray, ...]:
-    """What the loops below read of a program."""
+    """The arrays of a program that the loops below read."""
     names = "kinds", "factors", "lookups", "tables", "fixed", "matrices", "first", "levels", "gates", "exponentials"
     return tuple(np.ascontiguousarray(getattr(program, name)) for name in names)
 
@@ -42,7 +42,7 @@ def chain_length(seed, index, epoch, slots, chains, chain):
 
 @njit(cache=True, nogil=True)
 def _run_slots(image, out, seed, index, epoch, group, start, stop, tables, bilinear, fill, scratch, counts):
-    """Apply slots ``start`` to ``stop`` to ``image`` in place. ``out``: room for one image."""
+    """Apply slots ``start`` to ``stop`` to ``image`` in place. ``out``: work space of one image."""
     kinds, factors, lookups, rows, fixed, matrices, first, levels, gates, _ = tables
     for slot in range(start, stop):
         s = draw_setting(seed, index, epoch, group, slot, first, levels, gates)

@@ -1,8 +1,8 @@
 """A policy compiled for one image size: tables of numbers that numba code and device code read alike.
 
-All that needs floating-point functions (tangents, sines, factors, lookup tables) is worked out here, once, on the host,
-by the same formulas as torchvision on PIL images; what is left to do for a pixel is arithmetic that no device rounds
-differently.
+Everything that needs floating-point functions (tangents, sines, factors, lookup tables) is computed here, once, on the
+host, by torchvision's formulas for PIL images. What remains to be done for a pixel is arithmetic that rounds the same
+on every device.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Program:
 
     Attributes:
         size: (height, width) of the images that the tables are for.
-        kinds: (S,) int32, one of the constants of rsengine.kernels.augment_eager.
+        kinds: (S,) int32, one of the constants of rsengine.kernels.augment_tables.
         factors: (S,) float32, COLOR, CONTRAST, SHARPNESS: PIL's enhancement factor.
         lookups: (S,) int32, LOOKUP: a row of ``tables``.
         tables: (L, 256) uint8.
@@ -53,7 +53,7 @@ class Program:
         matrices: (S, 6) float64, AFFINE, bilinear: source x = m0 * (x + .5) + m1 * (y + .5) + m2, and so on.
         first, levels: (G, J, E) int32. gates: (G, J, E) int64, up to 2**32.
         exponentials: (4096,) int64, AugMix: equally probable values of Exp(1) in units of 2**-16.
-        names: S labels for people.
+        names: S readable labels.
     """
 
     size: tuple[int, int]

@@ -1,1 +1,1 @@
-"""Proofs about a training step, and what only a GPU can tell of it."""
+"""Proofs about a training step, and the checks that need a GPU."""

@@ -3,11 +3,12 @@
 Three consecutive steps of the real model and recipe, training and evaluation, run on a device that does not exist
 (:mod:`rsengine.checks.fake_device`): no GPU, no memory, no arithmetic, but every operator a GPU would be handed, in
 order. A replay repeats one step's operators on one step's addresses with one step's numbers, so all of these must be
-the same in the steps after the first (which may still set things up), and nothing may need the host. What is not so is
-reported with the operation and the line that asked for it.
+the same in the steps after the first (which may still set things up), and nothing may need the host. Every violation is
+reported with the operation and the line that called it.
 
-What it cannot see: the inside of the fused operators, whose fake implementations answer; a value that is constant by
-mistake (a mask drawn before the first step); and CUDA's own limits, such as a library that allocates during capture.
+The check cannot see inside the fused operators, for which their fake implementations stand in. Nor can it see a value
+that is constant by mistake (a mask drawn before the first step), or CUDA's own limits, such as a library that allocates
+during capture.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from rsengine.input.resident import ResidentData
 from rsengine.kernels.dispatch import assume_triton
 
 STEPS = 3
-MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)  # of no data set: they do not change a step
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)  # arbitrary: they do not change a step
 SHOWN = 20  # findings printed
-TRAIN_IMAGES = 50_000  # CIFAR's: how long an epoch is does not change a step, but a schedule has to have a length
+TRAIN_IMAGES = 50_000  # CIFAR's: the length of an epoch does not change a step, but a schedule needs one
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the check found. ``operations``: those of the last step, none where a step did not come to its end."""
+    """What the check found. ``operations``: those of the last step; none if a step did not complete."""
 
     findings: tuple[Finding, ...]
     operations: tuple[Operation, ...]
@@ -67,8 +68,8 @@ class Report:
 
 @contextlib.contextmanager
 def tracing() -> Iterator[torch.device]:
-    """Where a step is built and checked: tensors are fake, and the fused operators run. Gives the fake device."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # says at length what becomes a finding
+    """Build and check a step in this block: tensors are fake, and the fused operators run. Yields the fake device."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # describes at length what becomes a finding
     before, log.disabled = log.disabled, True
     try:
         with fake_tensors() as device, assume_triton(), contained_hooks():
@@ -80,13 +81,13 @@ def tracing() -> Iterator[torch.device]:
 def check_recipe(recipe: Recipe, image_size: tuple[int, int] = (32, 32), num_classes: int = 10) -> dict[str, Report]:
     """Check the training step of a recipe at each image size it trains at, and the evaluation step.
 
-    With the recipe's model and options, each captured at its own batch size, in bfloat16 unless it asks for float32.
+    Model, options and batch sizes are the recipe's, in bfloat16 unless it asks for float32.
 
     Returns:
-        A report by the name of the step; that of a size other than the images' own says the size.
+        A report for each step, by name; the name includes the image size if that is not the data set's.
 
     Raises:
-        ValueError: settings that do not go together.
+        ValueError: incompatible settings.
     """
     reports = {}
     for size in dict.fromkeys(image_sizes(recipe, image_size)):
@@ -112,7 +113,7 @@ def trace_step(
 ) -> tuple[TrainStep, tuple[Tensor, ...]]:
     """The step of a recipe as it would be captured, and its static inputs; to be called inside :func:`tracing`."""
     train = recipe.train
-    # The weights of a module move to a device in one of two ways, and fake ones allow neither: from "meta" they can.
+    # Neither of the two ways to move a module's weights to a device works for fake ones; from "meta" they can move.
     with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("meta"):
         model = build_model(recipe, num_classes)
     bf16 = train.precision != "fp32"
@@ -177,7 +178,7 @@ def compare(trace: Trace) -> list[Finding]:
 
 
 def _difference(trace: Trace, operation: Operation, a: Operand | str, b: Operand | str) -> Finding:
-    """Why argument ``b`` of an operation in step 3 is not ``a``, what it was in step 2."""
+    """Why an argument of an operation, ``b`` in step 3, differs from ``a`` in step 2."""
     kind = ADDRESS
     if isinstance(a, str) or isinstance(b, str):
         kind, detail = NUMBER, f"an argument is {b} in step 3 and was {a} in step 2"
@@ -192,7 +193,7 @@ def _difference(trace: Trace, operation: Operation, a: Operand | str, b: Operand
 
 
 def _ran(step: Step, inputs: Sequence[Tensor], trace: Trace) -> bool:
-    """Run one step under the trace. False where it did not come to its end; why is among the trace's findings."""
+    """Run one step under the trace. Returns False if it did not complete; the trace's findings say why."""
     try:
         with trace, HostReads(trace), _watched_synchronise(trace):
             step(*inputs)
@@ -206,7 +207,7 @@ def _ran(step: Step, inputs: Sequence[Tensor], trace: Trace) -> bool:
 
 @contextlib.contextmanager
 def _watched_synchronise(trace: Trace) -> Iterator[None]:
-    """Make a finding of the calls that wait for the device without an operator that a trace could see."""
+    """Report the calls that wait for the device without an operator that a trace could see."""
 
     def caught(*_args: object, **_kwargs: object) -> None:
         trace.note_wait("synchronize", innermost_site(sys._getframe(1)))
@@ -226,7 +227,7 @@ def _watched_synchronise(trace: Trace) -> Iterator[None]:
 
 
 def _addresses(step: Step, inputs: Sequence[Tensor]) -> dict[str, int]:
-    """The storage of each tensor that has to stay where it is, by a name that tells which it is."""
+    """The storage of each tensor whose address must not change, by a name that identifies the tensor."""
     watched: dict[str, Tensor] = {f"inputs[{i}]": tensor for i, tensor in enumerate(inputs)}
     names: dict[int, str] = {}
     for attribute, value in _attributes(step):
@@ -242,7 +243,7 @@ def _addresses(step: Step, inputs: Sequence[Tensor]) -> dict[str, int]:
 
 
 def _attributes(step: Step | Update) -> Iterator[tuple[str, object]]:
-    """What a step holds, with the members of its lists and dictionaries each by itself."""
+    """The attributes of a step, with the members of lists and dictionaries one by one."""
     for name, value in vars(step).items():
         if isinstance(value, list | tuple):
             yield from ((f"{name}[{i}]", member) for i, member in enumerate(value))
@@ -255,7 +256,7 @@ def _attributes(step: Step | Update) -> Iterator[tuple[str, object]]:
 
 
 def _moved(trace: Trace, addresses: Sequence[dict[str, int]]) -> list[Finding]:
-    """The watched tensors that lie elsewhere after the last step than after the one before."""
+    """Findings about the watched tensors that moved during the last step."""
     if len(addresses) < 2:
         return []
     before, after = addresses
@@ -269,7 +270,7 @@ def _moved(trace: Trace, addresses: Sequence[dict[str, int]]) -> list[Finding]:
 
 
 def _outliving(trace: Trace, kept: set[int]) -> list[Finding]:
-    """Storages of the step before the last one that are alive and not among those ``kept``."""
+    """Findings about storages of the step before last that are still alive and not among those ``kept``."""
     number = len(trace.steps) - 1
     detail = f"it was made in step {number}, is alive after step {number + 1} and is not among state_tensors()"
     return [

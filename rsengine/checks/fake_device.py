@@ -42,15 +42,15 @@ class _Backend(_DummyBackendModule):
 def fake_device() -> torch.device:
     """Register the device with PyTorch and return it.
 
-    Once a process and for the rest of it: PyTorch has one place for such a device (``PrivateUse1``) and no way to give
-    it back. Nothing else about the process changes.
+    This happens once per process and cannot be undone: PyTorch has one slot for such a device (``PrivateUse1``) and no
+    way to release it. Nothing else about the process changes.
 
     Raises:
-        RuntimeError: another package has taken the place.
+        RuntimeError: another package has taken the slot.
     """
     taken = torch._C._get_privateuse1_backend_name()
     if taken not in ("privateuseone", NAME):
-        raise RuntimeError(f"fake device: PyTorch's place for one is taken by {taken!r}; run the check without it")
+        raise RuntimeError(f"fake device: PyTorch's slot for one is taken by {taken!r}; run the check without it")
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
     everything = _library("_")
     everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
@@ -65,7 +65,7 @@ def fake_device() -> torch.device:
 
 @contextlib.contextmanager
 def fake_tensors() -> Iterator[torch.device]:
-    """Make every tensor made in the block a fake one, on any device; gives the fake device.
+    """In this block every new tensor is a fake one, on any device. Yields the fake device.
 
     Backward passes run in the calling thread, so that what they do has this thread's call stack.
     """
@@ -79,7 +79,7 @@ def fake_tensors() -> Iterator[torch.device]:
 
 
 class _FakeMode(FakeTensorMode):
-    """One for a device that is said to be there and is not: constants stay on the host and are not moved to it."""
+    """A mode for a device that claims to exist and does not: constants stay on the host and are not moved to it."""
 
     @property
     def avoid_device_init(self) -> bool:
@@ -87,7 +87,7 @@ class _FakeMode(FakeTensorMode):
 
 
 def _deepcopy(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
-    """What ``copy.deepcopy`` does to a leaf. A plain tensor's way copies the fake mode too, and is then of no mode."""
+    """``copy.deepcopy`` of a leaf. The default would copy the fake mode too, and the copy would belong to no mode."""
     if id(tensor) not in memo:
         copied = tensor.detach().clone()
         is_parameter = isinstance(tensor, torch.nn.Parameter)
@@ -97,7 +97,7 @@ def _deepcopy(tensor: FakeTensor, memo: dict[int, Any]) -> Tensor:
 
 @functools.cache
 def _library(namespace: str) -> torch.library.Library:
-    return torch.library.Library(namespace, "IMPL")  # kept by the cache: its kernels go when it does
+    return torch.library.Library(namespace, "IMPL")  # its kernels live as long as it does, and the cache keeps it
 
 
 def _cast_before(operator: Callable, choose: Callable[[list[torch.dtype]], torch.dtype]) -> Callable:

@@ -1,4 +1,4 @@
-"""What is wrong with a step, and which of its lines is to blame."""
+"""What is wrong with a step, and which of its lines causes it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ FAILURE = "failure"
 REMEDIES = {
     SYNCHRONISATION: "keep the decision on the device: torch.where, masks, static shapes",
     COPY: "make the tensor on the device before the first step",
-    HOST_TENSOR: "a replay would repeat its value of today: use a Python number if constant, else a device tensor",
+    HOST_TENSOR: "a replay would repeat its present value: use a Python number if it is constant, else a device tensor",
     LEAK: "make what is kept before the first step and change it in place",
     SEQUENCE: "no branch in the step may depend on what changes from step to step",
-    ADDRESS: "change the tensor in place (copy_, zero_) so that a replay meets it where the capture did",
+    ADDRESS: "change the tensor in place (copy_, zero_) so that a replay finds it where the capture did",
     NUMBER: "a replay would repeat it: read it from a table on the device by the step counter",
     FAILURE: "the step has to run on any device",
 }

@@ -1,6 +1,6 @@
-"""The operations of a step on the fake device, one after another: what each works on, and the line that asked for it.
+"""Records the operations of a step on the fake device: their operands, and the lines that called them.
 
-A dispatch mode sees every operator below autograd and autocast, as a GPU would be handed them.
+A dispatch mode sees every operator below autograd and autocast, as a GPU would receive it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Origin(NamedTuple):
 
 
 class Birth(NamedTuple):
-    """Where a storage came from. The weak reference keeps its address from being used again, not its memory."""
+    """Where a storage came from. The weak reference keeps the address from being reused, not the memory alive."""
 
     storage: StorageWeakRef
     step: int
@@ -81,7 +81,7 @@ class Birth(NamedTuple):
 
 
 class Halt(Exception):
-    """Raised inside the step where it cannot go on: the value it asks for does not exist."""
+    """Raised inside a step that cannot continue, because the value that it asks for does not exist."""
 
 
 class Trace(TorchDispatchMode):
@@ -90,7 +90,7 @@ class Trace(TorchDispatchMode):
     Attributes:
         steps: the operations of each step.
         births: by storage, what the steps have allocated.
-        findings: what a single operation gives away.
+        findings: those that a single operation shows.
     """
 
     def __init__(self, device_type: str) -> None:
@@ -110,7 +110,7 @@ class Trace(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "profiler":
             self._follow_label(func, args)
-        if func.namespace in ("prim", "profiler"):  # questions and labels
+        if func.namespace in ("prim", "profiler"):  # queries and labels
             return func(*args, **kwargs)
         operations, leaves = self.steps[-1], tree_leaves((args, kwargs))
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -198,7 +198,7 @@ class Trace(TorchDispatchMode):
 
 
 class HostReads(TorchFunctionMode):
-    """Notes the reads of a value that no operator shows: a fake tensor formats as its shape."""
+    """Reports reads of a value that go through no operator: formatting a fake tensor gives its shape."""
 
     def __init__(self, trace: Trace) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""From a recipe to what runs it: the network, the training step and the evaluation. Nobody else assembles these."""
+"""Builds the network, the training step and the evaluation of a recipe. Nothing else assembles these."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def build_step(
         mean, std: of the data set, three numbers each, in units of 0 to 1.
         resident: as :class:`TrainStep` takes it.
         model: a network to train in place of the recipe's own.
-        kind: what makes the step.
+        kind: the class of the step.
     """
     model = build_model(recipe, num_classes) if model is None else model
     use_products(model, recipe.train.convolutions)
@@ -52,7 +52,7 @@ def build_step(
 def build_evaluation(
     step: TrainStep, recipe: Recipe, num_classes: int, mean: Sequence[float], std: Sequence[float]
 ) -> EvaluationStep:
-    """The evaluation of what a step trains: ``raw``, and ``ema`` where there is one, by the loss of training."""
+    """The evaluation of the network that a step trains, ``raw``, and of its EMA, ``ema``, with the training loss."""
     models = {"raw": step.model} | ({} if step.ema_model is None else {"ema": step.ema_model})
     preprocess = Preprocess(mean, std, step.execution.device)
     return EvaluationStep(models, preprocess, step.execution, num_classes, recipe.train.label_smoothing)

@@ -18,7 +18,7 @@ from rsengine.model.preprocess import Preprocess
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network does on a split."""
+    """The results of a network on a split."""
 
     loss: float  # mean over images
     accuracy: float  # 0 to 1
@@ -32,12 +32,12 @@ class Evaluation:
 class EvaluationStep:
     """Adds one batch to the sums of several networks: ``step(images, labels)``, (N, H, W, 3) uint8 and (N,) int64.
 
-    A tensor program like the training step: nothing in it waits for the device, so that it can be captured. To be
-    called inside :meth:`evaluation_mode`.
+    A tensor program like the training step: nothing in it waits for the device, so it can be captured. Call it inside
+    :meth:`evaluation_mode`.
 
     Args:
         models: by name.
-        label_smoothing: with that of training, the loss can be drawn beside the training loss.
+        label_smoothing: that of training makes the loss comparable with the training loss.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class EvaluationStep:
         x = self.preprocess(images)
         for name, model in self.models.items():
             with self.execution.autocast():
-                logits = model.forward(x)  # past Module.compile: what is compiled for training is not compiled again
+                logits = model.forward(x)  # calling a compiled module would compile it again for evaluation
             loss, _ = label_smoothed_cross_entropy(logits, labels, self.label_smoothing, "sum")
             self.losses[name].add_(loss.double())
             cells = labels * self.num_classes + logits.argmax(dim=1)
@@ -72,7 +72,7 @@ class EvaluationStep:
 
     @contextlib.contextmanager
     def evaluation_mode(self) -> Iterator[None]:
-        """The networks in evaluation mode, and every module of them back in its own mode afterwards."""
+        """Put the networks into evaluation mode, and every module back into its own mode afterwards."""
         modes = [(module, module.training) for model in self.models.values() for module in model.modules()]
         try:
             for model in self.models.values():
@@ -90,9 +90,9 @@ class EvaluationStep:
         No parameter, buffer, mode or random number generator changes.
 
         Args:
-            captured: this step captured; used for the batches of its size, and the step itself for the others.
+            captured: this step, captured. It is used for batches of its size, and the step itself for others.
         """
-        for tensor in self.state_tensors():  # of an evaluation that broke off
+        for tensor in self.state_tensors():  # of an evaluation that was interrupted
             tensor.zero_()
         device = self.execution.device
         with self.evaluation_mode():

@@ -1,7 +1,7 @@
-"""Muon for convolution weights: momentum made orthogonal, on spheres.
+"""Muon for convolution weights: orthogonalised momentum, with the weights kept on spheres.
 
-Each weight is a matrix of its output channels. Its momentum is replaced by the nearest orthogonal matrix, found
-approximately by Newton-Schulz iterations (Jordan et al., "Muon", 2024, https://kellerjordan.github.io/posts/muon), and
+A weight is a matrix with a row for each output channel. Its momentum is replaced by the nearest orthogonal matrix,
+which Newton-Schulz iterations approximate (Jordan et al., "Muon", 2024, https://kellerjordan.github.io/posts/muon), and
 moves the weight by a given fraction of its length; the weight is then put back on the sphere where it was initialised.
 Every convolution of this family is followed by batch norm, so the length of its weight has no effect on the output:
 held constant, it makes the learning rate the angle of a step, and needs no weight decay.
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# The authors' coefficients; three of their five iterations, which cost less and were no worse in a trial
+# The authors' coefficients, and three iterations instead of five, which cost less and were no worse in a trial
 # (docs/speedrun.md, attempt 35). Singular values from 0.018 to 1 of the length of a matrix end between 0.68 and 1.21;
 # smaller ones grow 41 times at most.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

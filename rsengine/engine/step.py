@@ -1,7 +1,7 @@
 """The training step: one tensor program of forward, loss, backward, SGD + EMA and metric accumulators.
 
-What changes from step to step is a table on the device indexed by a step counter on the device, which the step itself
-increments; nothing in the step reads a tensor's value on the host.
+Values that change from step to step come from tables on the device, indexed by a step counter that the step itself
+increments. Nothing in the step reads a tensor's value on the host.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class TrainStep:
     ``backward``, ``update`` and ``counters``.
 
     Args:
-        resident: gives the batch of a step from the () int64 counter, on the device; ``step()`` then takes nothing.
-            Its images are normalised already where ``recipe.batches_are_normalised``.
+        resident: returns the batch of a step for the () int64 counter, on the device; ``step()`` then takes no
+            arguments. Its images are normalised already if ``recipe.batches_are_normalised``.
         weight_copies: train on copies of the weights in autocast's dtype, which the update writes beside the float32
             weights: no weight is cast in a step, and gradients are written and read in that dtype.
 
@@ -60,7 +60,7 @@ class TrainStep:
         counter: () int64, the steps done.
 
     Raises:
-        ValueError: a recipe of resident data without ``resident``: its images would never be normalised; or
+        ValueError: the recipe uses resident data and ``resident`` is None: images would never be normalised. Or
             ``weight_copies`` without autocast, or with micro-batches, whose gradients are summed in float32.
     """
 
@@ -100,7 +100,7 @@ class TrainStep:
             dtype=execution.autocast_dtype or torch.float32,
             copy_dtype=execution.autocast_dtype if weight_copies else None,
         )
-        # A part's share of the batch: where its backward pass begins.
+        # A part's share of the batch: the gradient that its backward pass begins with.
         self.part = torch.full((), 1 / self.micro_batches, dtype=torch.float32, device=device)
         self.counter = torch.zeros((), dtype=torch.int64, device=device)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -110,7 +110,7 @@ class TrainStep:
         self._counted_from = 0  # the step with which the sums began
 
     def __call__(self, images: Tensor | None = None, labels: Tensor | None = None) -> None:
-        # Past the end of the run the last step's table entries go on: a warm-up may begin at any step, and is undone.
+        # Past the end of the run the last entries are used: a warm-up may begin at any step, and is undone.
         with record_function("counters"):
             now = self.counter.clamp(max=len(self.update.learning_rates) - 1)
         with record_function("images"):
@@ -166,7 +166,7 @@ class TrainStep:
         return images, labels
 
     def read_totals(self) -> Totals:
-        """Read the accumulators and start them again from zero. The only place where the host waits for the device."""
+        """Read the accumulators and reset them. Waits for the device."""
         steps = int(self.counter) - self._counted_from
         finite = int(self.finite_count) // self.micro_batches
         first_bad = self._counted_from + finite if finite < steps else -1
@@ -184,9 +184,9 @@ class TrainStep:
         return bool(torch.stack(torch._foreach_norm(self.update.params)).isfinite().all())
 
     def state_tensors(self) -> list[Tensor]:
-        """Every tensor that a step changes and keeps: what to save and copy back for a step to leave no trace.
+        """Every tensor that a step changes and keeps. Saving them and copying them back undoes a step.
 
-        Beside these only the device's default generator changes, where the recipe draws random numbers.
+        Besides these, only the device's default generator changes, if the recipe draws random numbers.
         """
         models = [self.model] if self.ema_model is None else [self.model, self.ema_model]
         held = [t.detach() for model in models for t in (*model.parameters(), *model.buffers())]
@@ -205,7 +205,7 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore in place, so that every address stays. Sums not yet read are forgotten: they are of other steps.
+        """Restore in place, so that addresses do not change. Unread sums are discarded: they belong to other steps.
 
         Raises:
             ValueError: the state of another network.
@@ -226,7 +226,7 @@ class TrainStep:
 
 
 def image_sizes(recipe: Recipe, full: tuple[int, int]) -> list[tuple[int, int] | None]:
-    """To what the step resizes the images of each epoch, ``None`` where they have their ``full`` size."""
+    """The size to which the step resizes the images of each epoch; ``None`` where it is their ``full`` size."""
     train = recipe.train
     table = image_size_table(full, train.epochs, start_scale=train.start_scale, full_from=train.full_scale_from)
     return [None if size == full else size for size in table]

@@ -1,1 +1,1 @@
-"""Batches: what a run trains on, and how it gets to the device."""
+"""Batches: what a run trains on, and how they get to the device."""

@@ -1,6 +1,6 @@
-"""Where a run's batches come from, as ``train.loader`` says, on the device and ready for the step.
+"""The batches of a run, from the loader that ``train.loader`` names, on the device and ready for the step.
 
-Both kinds give the inputs of the step: a streamed batch is two tensors, and a resident one is none, because the step
+Both kinds yield the inputs of the step: two tensors for a streamed batch, none for a resident one, because the step
 makes its own.
 """
 
@@ -32,7 +32,7 @@ class StreamedBatches:
     resident = None  # the argument of TrainStep
 
     def __init__(self, recipe: Recipe, dataset: Dataset, execution: Execution) -> None:
-        # Here, because importing FFCV and numba takes longer than a resident run needs to begin.
+        # Imported here, because FFCV and numba take longer to import than a resident run takes to begin.
         from rsengine.augment.from_recipe import training_augmentations
         from rsengine.input.stream import BetonLoader
 
@@ -55,7 +55,7 @@ class StreamedBatches:
         self._shape = train.batch_size, dataset.image_size
 
     def static_inputs(self, device: torch.device) -> tuple[Tensor, ...]:
-        """What a captured step is to be captured with."""
+        """The inputs that a step is captured with."""
         return static_batch(*self._shape, device)
 
     def train_epoch(self, epoch: int, start: int) -> Iterator[Batch]:
@@ -70,10 +70,10 @@ class StreamedBatches:
 
 
 class ResidentBatches:
-    """Both sets whole on the device.
+    """Batches from both sets held on the device.
 
     Raises:
-        ValueError: they do not fit there, or the images do not fill a batch, as load_resident says.
+        ValueError: the sets do not fit there, or do not fill a batch; see :func:`load_resident`.
     """
 
     def __init__(self, recipe: Recipe, dataset: Dataset, execution: Execution) -> None:
@@ -93,9 +93,6 @@ class ResidentBatches:
 
 
 def open_batches(recipe: Recipe, dataset: Dataset, execution: Execution) -> StreamedBatches | ResidentBatches:
-    """The batches of a run of ``recipe``.
-
-    Raises what its kind does.
-    """
+    """The batches of a run of ``recipe``. Raises what the class that it chooses raises."""
     kind = ResidentBatches if recipe.train.loader == "resident" else StreamedBatches
     return kind(recipe, dataset, execution)

@@ -143,7 +143,7 @@ def read_images(path: Path) -> tuple[Tensor, Tensor]:
 def step_orders(seed: int, count: int, batch_size: int, epochs: int, steps_per_epoch: int) -> np.ndarray:
     """The images of every step of a run: (epochs * steps_per_epoch, batch_size) int32, places in the data set.
 
-    Each epoch begins a permutation from ``seed`` and its number alone, the same as that of the FFCV stream.
+    Each epoch takes the beginning of a permutation drawn from ``seed`` and its number alone, as the FFCV stream does.
 
     Raises:
         ValueError: see :func:`order_bytes`.

@@ -1,8 +1,8 @@
-"""From a ``.beton`` file to batches, through FFCV, with FFCV's traps closed.
+"""Batches from a ``.beton`` file through FFCV, without FFCV's pitfalls.
 
-FFCV sets torch's thread count to its own number of workers, hands out views of a buffer it will overwrite, leaves its
-thread behind when a loop ends early, and hangs for ever when that thread dies. Here: threads are restored, batches are
-the caller's own, the thread is always joined, and its death is an error.
+FFCV sets torch's thread count to its own number of workers, returns views of a buffer that it will overwrite, leaves
+its thread running when a loop ends early, and hangs forever when that thread dies. Here the thread count is restored,
+batches are copies, the thread is always joined, and its death raises an error.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class _Order(TraversalOrder):
 
 
 def _next(iterator: EpochIterator) -> tuple[Tensor, Tensor]:
-    """``next(iterator)``, except that a thread which died is an error and not an endless wait."""
+    """``next(iterator)``, but with an error instead of an endless wait if the thread has died."""
     while iterator.output_queue.empty():
         if not iterator.is_alive() and iterator.output_queue.empty():
             raise LoaderError("the data pipeline's thread ended early; its own error is printed above")

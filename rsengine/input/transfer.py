@@ -1,9 +1,9 @@
-"""Batches from the loader to a GPU, the transfer of each overlapping the step before it.
+"""Copies batches from the loader to a GPU, each transfer overlapping the step before it.
 
 A slot is a pinned buffer on the host and a buffer on the device. Three things may go wrong with it: the host writes a
 pinned buffer that is still being copied, a copy lands in a device buffer that a step still reads, or a step reads one
-whose copy has not arrived. Each has its own wait, on an event, and no wait here stops the device or the loop:
-:class:`Feeder` holds them, in terms of an abstract :class:`Lanes` so that a test can run them in every legal order.
+whose copy has not arrived. A wait on an event prevents each of these, and no wait here stops the device or the loop.
+:class:`Feeder` makes the waits through an abstract :class:`Lanes`, so that a test can run them in every legal order.
 """
 
 from __future__ import annotations
@@ -153,5 +153,5 @@ class CudaLanes:
 
 
 def feeder_for(device: torch.device, batch_size: int, image_size: tuple[int, int]) -> Feeder | None:
-    """A feeder to ``device``, or ``None`` where batches need no transfer: the CPU's own."""
+    """A feeder to ``device``, or ``None`` for the CPU, which needs no transfer."""
     return Feeder(CudaLanes(batch_size, image_size, device)) if device.type == "cuda" else None

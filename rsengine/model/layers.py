@@ -2,8 +2,7 @@
 
 Measured on two Zen 4 cores in bfloat16 at batch 128 (``docs/performance.md``): the library's 1x1 convolutions and the
 weight gradients of its 3x3 convolutions on small maps run at a tenth to a half of the rate of its matrix product, which
-does the same sums. Elsewhere than on the CPU every layer is that of ``torch.nn``, unless :func:`use_products` says
-otherwise.
+does the same sums. On other devices every layer is that of ``torch.nn``, unless :func:`use_products` says otherwise.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ class Conv3x3(nn.Conv2d):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm, with the ReLU after it where ``relu``: in training one operation of :mod:`rsengine.kernels`.
+    """Batch norm, followed by a ReLU if ``relu``; in training both are one operation of :mod:`rsengine.kernels`.
 
     Attributes:
         counts: whether a batch is counted in ``num_batches_tracked`` here. A network of many layers counts for all of
@@ -89,7 +88,7 @@ class BatchNorm(nn.BatchNorm2d):
         return batch_norm(x, *self.tensors(), self.momentum, self.eps, relu)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the operations of :mod:`rsengine.kernels` take of this layer, in training: it counts the batch."""
+        """Count a batch if :attr:`counts`, and return what the operations of :mod:`rsengine.kernels` take from this layer."""
         if self.counts:
             self.num_batches_tracked.add_(1)
         return self.weight, self.bias, self.running_mean, self.running_var
@@ -172,8 +171,8 @@ def _outputs(pixels: int, stride: int) -> int:
 
 
 def _taps(rows: int, columns: int, height: int, width: int, stride: int):
-    """For each output pixel its place and the index of a weight's taps that meet the map: with maps of up to 2x2 pixels
-    every output pixel sees every input pixel."""
+    """The position of each output pixel, and the index of the weight's taps that meet the map there. In maps of up to
+    2x2 pixels every output pixel sees every input pixel."""
     for i in range(rows):
         for j in range(columns):
             top, left = 1 - i * stride, 1 - j * stride

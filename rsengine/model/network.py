@@ -1,9 +1,9 @@
 """The ResNet-RS family (Bello et al., "Revisiting ResNets", arXiv 2103.07579).
 
 Bottleneck ResNets with the ResNet-D stem and shortcut, a strided 3x3 convolution in place of the max-pool, and
-squeeze-and-excite after the last batch norm of each residual branch. Parameter for parameter the authors' networks (and
-timm's ``resnetrs*``, whose weights load through :func:`rsengine.model.from_timm`), with the options CIFAR-sized images
-call for.
+squeeze-and-excite after the last batch norm of each residual branch. They have the parameters of the authors' networks
+(and of timm's ``resnetrs*``, whose weights load through :func:`rsengine.model.from_timm`), and options for CIFAR-sized
+images.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class SqueezeExcite(nn.Module):
         self.reduce, self.expand = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
 
     def weights(self) -> tuple[Tensor, ...]:
-        """In the order the operations take them."""
+        """The weights in the order in which the operations take them."""
         return self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias
 
 
@@ -196,7 +196,7 @@ class ResNetRS(nn.Module):
 
 @dataclass(frozen=True)
 class Summary:
-    """What a model costs. ``str()`` gives it in one paragraph."""
+    """The size and cost of a model. ``str()`` describes them in one paragraph."""
 
     parameters: int
     parameter_tensors: int

@@ -1,4 +1,4 @@
-"""The one way from uint8 pixels to the model's input: training, evaluation and prediction all come through here."""
+"""Converts uint8 pixels to the model's input, in training, evaluation and prediction alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recipe's augmentation does to images, as a picture: originals above augmented ones, and what was done."""
+"""Draws what a recipe's augmentation does to images: originals above augmented ones, and what was done."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def draw_augmented(
 ) -> None:
     """Draw ``images`` training images, spread over the set, above what the pipeline makes of them in its first epochs.
 
-    The policy's operations stand below each image; crop, flip and Cutout speak for themselves.
+    The policy's operations are written below each image; crop, flip and Cutout can be seen.
 
     Raises:
         ValueError: the images of the data set differ in size.

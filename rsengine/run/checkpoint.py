@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on bit for bit, in one file, written atomically and checked when read."""
+"""Checkpoints: everything a run needs to resume bit for bit, in one file, written atomically and checked when read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run runs on: the machine, and the versions of the packages that decide its numbers."""
+"""The machine that a run uses, and the versions of the packages that its numbers depend on."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _PACKAGES = ("torch", "torchvision", "triton", "ffcv", "numba", "numpy", "rsengi
 
 
 def machine() -> dict[str, Any]:
-    """What the run runs on; nothing that names the host or its user.
+    """The machine, without anything that identifies the host or its user.
 
     Returns:
-        ``processor`` (model name), ``physical_cores`` (None where the system does not tell) and ``logical_cores``
+        ``processor`` (model name), ``physical_cores`` (None if unknown) and ``logical_cores``
         (both: those this process may use), ``ram_gib`` (float, or None), ``gpus`` (list of names), ``os``, ``python``.
         GPUs are listed only when torch has already been imported: this function never imports it.
     """
@@ -36,7 +36,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Installed version of each package that decides a run's numbers; None for one that is not installed.
+    """Installed version of each package that a run's numbers depend on; None for one that is not installed.
 
     Read from package metadata: nothing is imported.
     """

@@ -1,4 +1,4 @@
-"""What a person watching a run sees: a progress bar on a terminal, a line now and then elsewhere."""
+"""The progress of a run: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ QUIET_SECONDS = 30.0
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: ``42.3 s``, ``7 min 05 s``, ``3 h 00 min 09 s``."""
+    """Seconds in words: ``42.3 s``, ``7 min 05 s``, ``3 h 00 min 09 s``."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -26,7 +26,7 @@ class Display:
     Args:
         done: steps done before this process.
         say: prints one line.
-        work: what a step costs in each epoch, over what it costs in any other; nothing: the same in all.
+        work: the relative cost of a step in each epoch; empty if it is the same in all.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Display:
         self.total, self.epochs, self.batch_size, self.say = total, epochs, batch_size, say
         self.work = list(work) or [1.0] * epochs
         self.varied = len(set(self.work)) > 1
-        # tqdm's estimate takes every step for as long as those before.
+        # tqdm's estimate assumes that all steps take the same time.
         form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]" if self.varied else None
         options = {"unit": "step", "desc": "train", "disable": None, "dynamic_ncols": True, "bar_format": form}
         self.bar = tqdm(total=total, initial=done, **options)
@@ -70,7 +70,7 @@ class Display:
             self.say(f"{title}, step {record['step']}/{self.total}: {numbers}, about {left} of training left")
 
     def steps_left(self, step: int) -> float:
-        """How many steps like the last one the rest of the run costs, ``step`` steps being done."""
+        """The cost of the rest of the run after ``step`` steps, in steps like the last one."""
         each = self.total // self.epochs
         epoch, within = divmod(step, each)
         rest = sum(self.work[epoch:]) * each - (within * self.work[epoch] if within else 0.0)

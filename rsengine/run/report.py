@@ -1,4 +1,4 @@
-"""``report.md``: what a run was, what came out and on what machine, written from the run folder's own records."""
+"""``report.md``: a run, its results and its machine, written from the records in the run folder."""
 
 from __future__ import annotations
 

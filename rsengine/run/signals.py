@@ -1,4 +1,4 @@
-"""Turning Ctrl-C and SIGTERM into a request that a loop reads between steps."""
+"""Turns Ctrl-C and SIGTERM into a request that a loop reads between steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """While inside, the first Ctrl-C or SIGTERM only makes a note; a second Ctrl-C interrupts at once."""
+    """In this block the first Ctrl-C or SIGTERM is only noted; a second Ctrl-C interrupts at once."""
     request = StopRequest()
 
     def handler(number: int, _frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""``weights.safetensors``: a trained network in one file, with all that is needed to use it.
+"""``weights.safetensors``: a trained network in one file, with everything needed to use it.
 
 The tensors are the network's state dict. The metadata holds the recipe, the classes, and the preprocessing, so that a
 prediction sees pixels exactly as training did.

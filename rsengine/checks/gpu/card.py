@@ -1,4 +1,4 @@
-"""What the card is, and how fast it copies and multiplies: what every other figure is held against."""
+"""The card, and the rates of a copy and of a matrix product, with which every other figure is compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The device that a check runs on, as the measurements see it, and the arithmetic on what its profiler saw."""
+"""The device that a check runs on, and the arithmetic on what its profiler recorded."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from rsengine.run.machine import versions
 
 SIZE = (32, 32)  # pixels, height and width
 COPY_BYTES, PRODUCT_SIDE = 2**30, 8192
-LABEL = "operator #"  # begins a profiler label that :meth:`Device.launches` looks for; no operator's name does
+LABEL = "operator #"  # prefix of the labels that :meth:`Device.launches` looks for; no operator has it
 
 
 class Work(NamedTuple):
-    """Something the device did: name of the kernel or copy, from when to when, in microseconds."""
+    """A kernel or copy that the device ran: its name, start and end in microseconds."""
 
     name: str
     start: float
@@ -163,8 +163,8 @@ class Setup:
         steps: of the equality check.
         rounds, round_steps: of a timing; its figures are medians over the rounds.
         profiled_steps: of a profile, after one more that is left out.
-        seconds: for a measurement that runs other commands: it ends them then, and says what they had found.
-        log: told what happens.
+        seconds: limit of a measurement that runs other commands: it ends them then, and reports what they have found.
+        log: called with lines about the progress.
     """
 
     device: Device
@@ -200,7 +200,7 @@ def time_in_turn(
     """Time callables in turn, A B A B, so that what slows the machine slows them alike.
 
     Returns:
-        For each, and each round, seconds a call: until the device was done, and until the host was.
+        For each callable and round, the seconds of a call until the device was done and until the host was.
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -238,7 +238,7 @@ def host() -> dict[str, Any]:
 
 
 def clocks() -> str:
-    """Clocks, temperature and driver in ``nvidia-smi``'s words, or why there are none."""
+    """Clocks, temperature and driver as ``nvidia-smi`` reports them, or why it does not."""
     query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.limit"
     try:
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
@@ -252,7 +252,7 @@ def clocks() -> str:
 
 
 def device_work(events: Sequence[Any]) -> list[Work]:
-    """Kernels and copies among the profiler's events, without the device's shadows of host labels."""
+    """Kernels and copies among the profiler's events, without the device's copies of host labels."""
     found = [
         Work(event.name, event.time_range.start, event.time_range.end)
         for event in events
@@ -277,7 +277,7 @@ def labelled_kernels(events: Sequence[Any]) -> list[tuple[int, list[str]]]:
 
 
 def union(intervals: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The same stretches of time without overlaps, in order."""
+    """The union of intervals: in order and without overlaps."""
     merged: list[tuple[float, float]] = []
     for start, end in sorted(intervals):
         if merged and start <= merged[-1][1]:
@@ -306,10 +306,11 @@ def overlap(work: Sequence[Work]) -> float:
 
 
 def split_rounds(work: Sequence[Work], rounds: int) -> list[list[Work]]:
-    """The work of each of ``rounds`` equal rounds, of which one more ran before them.
+    """Split the work into ``rounds`` equal rounds, leaving out one more round before them.
 
-    The profiler may lose the first round or a part of it, so the last ``rounds`` count. They are of one length, which
-    lies between those of nothing lost and of a whole round lost, and launch the same kernels in the same order.
+    The profiler may lose all or part of the first round, so the last ``rounds`` count. Their common length lies between
+    the one that follows if nothing was lost and the one that follows if a whole round was; all launch the same kernels
+    in the same order.
 
     Raises:
         RuntimeError: there is no such length.

@@ -1,4 +1,4 @@
-"""Plain against captured steps, from the same weights on the same batches, side by side."""
+"""Compares plain and captured steps, from the same weights on the same batches."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rsengine.checks.gpu.device import Setup
 from rsengine.checks.gpu.steps import capture, device_batches, make_step
 from rsengine.engine.step import TrainStep
 
-# Plain and captured steps run the same kernels in the same order, so that in float32, without TF32 and with cuDNN's
-# deterministic algorithms, they should be equal to the bit. cuBLAS may split a sum otherwise where a capture gives it
-# another workspace, and 200 steps let a difference in the last bit grow: hence not zero.
+# Plain and captured steps run the same kernels in the same order, so in float32, without TF32 and with cuDNN's
+# deterministic algorithms, they should be equal to the bit. But cuBLAS may split a sum differently, because a capture
+# gives it another workspace, and 200 steps let a difference in the last bit grow.
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-3, 1e-2  # relative; of a step's loss, and of a tensor's length
 BF16_TOLERANCE = 0.05  # relative, of the mean loss of the last quarter: the same curve, not the same bits
 
@@ -87,7 +87,7 @@ def _named(step: TrainStep) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> list[float]:
-    """The distance of each two tensors over the length of the first; infinite where a number is not finite."""
+    """For each pair, the norm of the difference over that of the first; infinite where a number is not finite."""
     distances = torch.stack(torch._foreach_norm(torch._foreach_sub(list(one), list(other))))
     lengths = torch.stack(torch._foreach_norm(list(one)))
     return (distances / lengths.clamp(min=1e-30)).nan_to_num(nan=float("inf")).tolist()

@@ -13,7 +13,7 @@ import rsengine.kernels
 from rsengine.checks.gpu.device import Setup, Work, copy_rate
 
 ROUNDS = 10  # and one before them that does not count
-FLUSH_BYTES = 2**28  # written between two timings, so that operands come from memory and not from the cache
+FLUSH_BYTES = 2**28  # written before each timing, so that operands come from memory and not from the cache
 FLUSH_DTYPE, FLUSH_KERNEL = torch.int16, "FillFunctor<short>"  # the kernel that does so; no case fills int16
 
 
@@ -49,9 +49,9 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
 
 
 def microseconds(setup: Setup, runs: dict[str, Callable[[], object]], counted: dict[str, set[str]]) -> dict[str, float]:
-    """Device time of one call of each, the cache flushed before it: medians of rounds in which they take turns.
+    """Device time of one call of each after a flush of the cache: medians of rounds in which they take turns.
 
-    ``counted``: for some of them, the kernels that count; of the others every kernel does.
+    ``counted``: for some of them, the kernels that count; for the others every kernel counts.
     """
     flush = torch.empty(FLUSH_BYTES // 2, dtype=FLUSH_DTYPE, device=setup.device.device)
     for run in runs.values():

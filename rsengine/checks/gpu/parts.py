@@ -1,4 +1,4 @@
-"""The parts of a GPU check, in order of value, and the rows of each: what is measured, recorded and limited as one."""
+"""The parts of a GPU check, in order of value, and their rows, which are measured, recorded and limited singly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Row:
     """One measurement.
 
     Attributes:
-        seconds: what it should take on an H100. Predicted until a card was at hand; ``docs/gpu-check.md``.
+        seconds: predicted time on an H100; see ``docs/gpu-check.md``.
         limit: seconds after which it is ended.
         essential: belongs to a first call. The other rows follow as time allows.
         on_cpu: makes sense in a dry run without a GPU.
@@ -46,7 +46,7 @@ def _extra(name: str, seconds: float, limit: float) -> Row:
 
 
 def outcome(result: dict[str, Any]) -> str:
-    """What a row's result comes to, in words."""
+    """A row's result in words."""
     return "; ".join(result.get("wrong", [])) or result.get("left_out") or "well"
 
 

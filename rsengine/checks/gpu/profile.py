@@ -1,9 +1,8 @@
 """Where the time of a captured step goes: by kernel, and by part of the step.
 
-A replay's kernels have names and times and nothing else. So the same step runs once more plainly, each operator under a
-profiler label, which tells what the kernels of an operator are called; the two sequences are then laid side by side.
-An operator's bytes (each operand and result once) and FLOPs are shared among its kernels in proportion to
-their times.
+The kernels of a replay have only names and times. So the same step runs once more without a graph, each operator under
+a profiler label, which tells the names of an operator's kernels; the two sequences are then aligned. An operator's
+bytes (each operand and result once) and FLOPs are shared among its kernels in proportion to their times.
 """
 
 from __future__ import annotations
@@ -110,7 +109,7 @@ def place(
     """The kernels of a replay, each with the part of the step that its operator belongs to.
 
     Args:
-        rounds: of some replays, alike; times are medians over them.
+        rounds: those of several replays; times are medians over them.
         launches: of the plain step, by operator: its number and its kernels' names.
         operations, parts: of the operators, by number.
     """
@@ -137,7 +136,7 @@ def place(
 
 
 def summary(kernels: Sequence[Kernel]) -> dict[str, Any]:
-    """The largest kernels by name, the time of each part, and what was found no operator for."""
+    """The largest kernels by name, and the time of each part and of what no operator was found for."""
     total = sum(kernel.microseconds for kernel in kernels)
     by_name: defaultdict[str, list[Kernel]] = defaultdict(list)
     for kernel in kernels:

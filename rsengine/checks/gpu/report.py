@@ -1,4 +1,4 @@
-"""The Markdown of a GPU check, and the summary that is printed: the story first."""
+"""The Markdown report of a GPU check, and the summary that is printed, the most important first."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def failures(results: Results) -> list[str]:
 
 
 def missing(results: Results) -> list[str]:
-    """The parts with rows that have no result; those of a dry run are fewer."""
+    """The parts with rows that have no result. A dry run has fewer rows."""
     lines = []
     for part in PARTS:
         rows = _possible(results, part)
@@ -49,7 +49,7 @@ def missing(results: Results) -> list[str]:
 
 
 def left_out(results: Results) -> list[str]:
-    """What could not be measured here, and for want of what."""
+    """What could not be measured here, and why."""
     return [
         f"{part.name}, {name}: {row['left_out']}"
         for part in PARTS
@@ -110,7 +110,7 @@ def render(results: Results, calls: Sequence[dict[str, Any]]) -> str:
 
 
 def _good(results: Results, part: str) -> dict[str, dict[str, Any]]:
-    """The rows of a part that were measured: neither left out nor broken off before they had anything."""
+    """The rows of a part that were measured: neither left out nor ended before they had a result."""
     return {
         name: row
         for name, row in results.get(part, {}).items()
@@ -160,7 +160,7 @@ def _profile_lines(results: Results) -> Iterator[str]:
 
 
 def short(name: str, length: int = 80) -> str:
-    """A kernel's name without what all have in common; of a long one the beginning and what it computes."""
+    """A kernel's name without common prefixes; a long one is cut to its beginning and what it computes."""
     name = name.removeprefix("void ").replace("at::native::", "").replace("(anonymous namespace)::", "")
     if len(name) <= length:
         return name

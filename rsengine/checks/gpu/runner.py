@@ -1,4 +1,4 @@
-"""Runs the parts of a GPU check within a time: each in a process of its own, each row with its own limit."""
+"""Runs the parts of a GPU check within a time limit: each in its own process, each row with its own limit."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from rsengine.data.find import VARIABLE
 
 ROOT = Path(__file__).resolve().parents[3]
 START_LIMIT = 90.0  # seconds until a process has imported what it needs and begun its first row
-LEAST_SECONDS = 5.0  # with less left nothing is started
+LEAST_SECONDS = 5.0  # with less time left, nothing is started
 POLL_SECONDS = 0.1
 TIME_OVER = "was cut off: the time was over"
 
 
 class Check:
-    """One call of the check: runs what earlier calls have not finished, and keeps to its time.
+    """One call of the check: runs what earlier calls have not finished, within its time.
 
     Args:
-        results: rows of earlier calls, by part and name; new ones are put into it as soon as they are there.
-        seconds: that :meth:`run` may take.
+        results: rows of earlier calls, by part and name; new ones are added as soon as they are measured.
+        seconds: the time that :meth:`run` may take.
         device: ``"cuda"``, or ``"cpu"`` for a dry run.
-        again: measure what earlier calls have measured too; their results stay until there are new ones.
-        source: of the code that is measured; kept with each row.
-        logs: folder of what the parts print.
+        again: measure again what earlier calls have measured; their results stay until there are new ones.
+        source: digest of the measured code, kept with each row.
+        logs: folder for the output of the parts.
         changed: called after each change of ``results``.
         say: prints a line.
     """
@@ -61,7 +61,7 @@ class Check:
         return self._deadline - time.monotonic()
 
     def run(self, parts: Sequence[Part]) -> None:
-        """The essential rows of all parts first, then the others as far as they are expected to fit."""
+        """Run the essential rows of all parts, then the others as far as they are expected to fit."""
         self.logs.mkdir(parents=True, exist_ok=True)
         for essential in (True, False):
             for part in parts:
@@ -74,7 +74,7 @@ class Check:
                     rows = [row for row in rows if (part.name, row.name) not in self._tried]
 
     def missing(self, part: Part) -> list[Row]:
-        """The rows without a good result that make sense here: those never tried first."""
+        """The rows without a good result that can run here, those never tried first."""
         rows = [row for row in part.rows if self.device == "cuda" or row.on_cpu]
         known = self.results.get(part.name, {})
         rows = [row for row in rows if self.again or not is_measured(known.get(row.name, {}))]
@@ -154,7 +154,7 @@ class Check:
 
 
 def is_measured(result: dict[str, Any]) -> bool:
-    """Whether there is a result, nothing is wrong with it, and it was not left out for want of something."""
+    """Whether there is a result, nothing is wrong with it, and it was not left out."""
     return bool(result) and not result.get("wrong") and "left_out" not in result
 
 

@@ -1,6 +1,6 @@
 """A pytest plugin: run every n-th test of those collected, and write each outcome as soon as it is known.
 
-It imports no PyTorch, so that a process of pytest starts in no time where its tests do not either.
+It does not import PyTorch, so that pytest starts quickly where its tests do not either.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    # One outcome a test: of its call; of its set-up or tear-down where that went wrong or skipped it.
+    # One outcome a test: that of its call, or of its set-up or tear-down if that failed or skipped it.
     if report.when != "call" and report.outcome == "passed":
         return
     message = str(report.longrepr).strip().splitlines()[-1:] if report.failed else []

@@ -1,4 +1,4 @@
-"""Does each thing work on this card at all? Smallest first."""
+"""Quick checks that each thing works on this card at all, the smallest first."""
 
 from __future__ import annotations
 

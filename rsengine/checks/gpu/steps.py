@@ -23,7 +23,7 @@ STEPS_PER_EPOCH, KEPT_BATCHES = 200, 8
 
 
 def make_step(recipe: Recipe, device: Device, *, bf16: bool, graph: bool) -> TrainStep:
-    """A step of ``recipe``, from weights that its seed decides. ``graph``: one to be captured."""
+    """A step of ``recipe``, with weights drawn from its seed. ``graph``: it will be captured."""
     torch.manual_seed(recipe.train.seed)
     execution = execution_on(device, bf16)
     data = resident_batches(recipe, device, bf16) if recipe.train.loader == "resident" else None
@@ -40,7 +40,7 @@ def resident_batches(recipe: Recipe, device: Device, bf16: bool) -> ResidentData
 
 
 def host_batches(recipe: Recipe, count: int = KEPT_BATCHES) -> list[Batch]:
-    """Batches that can be learned: the class is a brightness, under noise."""
+    """Batches that can be learned: the class is a brightness, with noise."""
     generator, size = torch.Generator().manual_seed(1), recipe.train.batch_size
     batches = []
     for _ in range(count):
@@ -76,7 +76,7 @@ class Way:
     products: bool = False
 
     def prepare(self, recipe: Recipe, device: Device) -> Callable[[], None]:
-        """A callable that does one step on a batch that is on the device already; it has run three times."""
+        """A callable that does one step on a batch already on the device, after three calls to warm up."""
         loader, convolutions = "resident" if self.resident else "ffcv", "products" if self.products else "auto"
         recipe = recipe.with_settings([f"train.loader={loader}", f"train.convolutions={convolutions}"])
         step = make_step(recipe, device, bf16=True, graph=self.graph)

@@ -1,4 +1,4 @@
-"""The kernel tests natively, and the op benchmarks: pytest, in processes of its own."""
+"""The kernel tests on the GPU, and the op benchmarks: pytest in its own processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rsengine.data.beton.processes import follow_parent
 ROOT = Path(__file__).resolve().parents[3]
 TESTS = ROOT / "tests" / "kernels" / "jit"
 SHOWN_FAILURES = 40
-MOST_PROCESSES = 32  # each opens the GPU for itself, which takes half a gigabyte there
+MOST_PROCESSES = 32  # each opens the GPU itself, which takes half a gigabyte of its memory
 
 
 def measure(row: str, setup: Setup) -> dict[str, Any]:
@@ -32,10 +32,10 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
 
 
 def kernel_tests(tests: Path, seconds: float, processes: int | None = None) -> dict[str, Any]:
-    """Run the tests below ``tests``, dealt out to as many processes as there are cores, for at most ``seconds``.
+    """Run the tests below ``tests``, distributed over as many processes as there are cores, for at most ``seconds``.
 
-    Each process collects all of them and runs every n-th, so that neighbours in the list, which take alike long, are
-    spread. A process that dies or is ended leaves the outcomes that it had.
+    Each process collects all of them and runs every n-th, because neighbours in the list take similar times. A process
+    that dies or is ended leaves the outcomes that it had.
     """
     if not tests.is_dir():
         return {"left_out": f"{tests.name}/ is not here; run it in a copy of the whole repository"}
@@ -71,7 +71,7 @@ def kernel_tests(tests: Path, seconds: float, processes: int | None = None) -> d
 
 
 def die_with_this_process() -> Callable[[], None]:
-    """For ``preexec_fn``: ``kill -9`` of this process is to leave nothing on the GPU."""
+    """For ``preexec_fn``: a ``kill -9`` of this process must leave nothing running on the GPU."""
     return functools.partial(follow_parent, os.getpid(), signal.SIGKILL)
 
 
@@ -83,7 +83,7 @@ def last_words(text: str) -> str:
 
 
 def end_of(process: subprocess.Popen, deadline: float, well: Sequence[int] = (0,)) -> str:
-    """Wait for a process, and end it at ``deadline``. How it ended, where its status is none of ``well``."""
+    """Wait for a process, and end it at ``deadline``. Returns how it ended, or "" if its status is one of ``well``."""
     try:
         status = process.wait(max(0.1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -110,7 +110,7 @@ def outcomes(files: Iterable[Path]) -> dict[str, Any]:
 
 
 def benchmark(function: str, seconds: float) -> dict[str, Any]:
-    """One function of ``bench/test_kernels.py``, without the rows that ``torch.compile`` holds up."""
+    """One function of ``bench/test_kernels.py``, without the slow rows of ``torch.compile``."""
     if importlib.util.find_spec("pytest_benchmark") is None:
         return {"left_out": "pytest-benchmark is not installed"}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Images a second of every way to run a step, in turn; host time, idle share, kernels a step."""
+"""Images per second of every way to run a step, in turn; host time, idle share, kernels per step."""
 
 from __future__ import annotations
 

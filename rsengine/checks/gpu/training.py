@@ -1,4 +1,4 @@
-"""Whole runs of recipes, by the command that a user types, and what their logs say."""
+"""Whole runs of recipes, started as a user starts them, and what their logs say."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
 
 
 def summary(records: list[dict[str, Any]], goal: float | None) -> dict[str, Any]:
-    """The story of a run: its start, images/s and accuracy by epoch, and when it reached the accuracy ``goal``."""
+    """A summary of a run: its start, images/s and accuracy by epoch, and when it reached the accuracy ``goal``."""
     start = next((record for record in records if record["kind"] == START), {})
     epochs = [record for record in records if record["kind"] == EPOCH]
     reached = next((record for record in epochs if goal and accuracy(record) >= goal), None)

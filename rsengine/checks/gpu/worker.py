@@ -21,8 +21,8 @@ from typing import Any
 from rsengine.data.beton.processes import follow_parent
 from rsengine.run.files import write_atomically
 
-BROKEN_DEVICE = 75  # exit status: the device answers no more in this process; the rows left want another one
-MARGIN_SECONDS = 4.0  # before its limit a row ends what it has started itself, and reports
+BROKEN_DEVICE = 75  # exit status: the device no longer responds in this process; the remaining rows need another
+MARGIN_SECONDS = 4.0  # this long before its limit, a row ends the processes it has started, and reports
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,21 +50,21 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as error:  # a row that fails is a result, and the others run
             traceback.print_exc()
             result = {"wrong": [f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]]}
-        gc.collect()  # steps and graphs hold each other in circles, and memory that the next row wants
+        gc.collect()  # steps and graphs are in reference cycles, and hold memory that the next row needs
         state["rows"][row] = result | {"seconds": round(time.monotonic() - started, 2)}
         state |= {"running": None, "since": time.time()}
         write(arguments.file, state)
-        if not answers(setup):  # asked after a good row too: a row may have caught what broke the device
+        if not answers(setup):  # also after a good row: it may have handled the error that broke the device
             return BROKEN_DEVICE
     return 0
 
 
 def answers(setup: Any) -> bool:
-    """Whether the device still does. After some CUDA errors it does not, in the process that met them."""
+    """Whether the device still responds. After some CUDA errors it does not, in the process that met them."""
     try:
         setup.device.synchronize()
     except RuntimeError as error:
-        print(f"the device answers no more: {error}", file=sys.stderr)
+        print(f"the device no longer responds: {error}", file=sys.stderr)
         return False
     return True
 
