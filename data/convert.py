@@ -33,6 +33,10 @@ PACKAGES = ("rsengine", "ffcv", "numpy", "pillow")
 LARGEST_SIZE = 4096
 
 
+class OptionError(ValueError):
+    """An option of :func:`convert` that is out of its range."""
+
+
 def convert(
     source: str | Path,
     out: str | Path,
@@ -69,7 +73,7 @@ def convert(
 
     Raises:
         DataError: one line naming the file and the remedy.
-        ValueError: an option out of range.
+        OptionError: an option out of range.
     """
     _check_options(size, image_format, test_fraction, validation, workers)
     out = Path(out).expanduser()
@@ -94,13 +98,8 @@ def convert(
             for left in scratch.iterdir():
                 left.unlink()
             scratch.rmdir()
-            options = {
-                "size": size,
-                "verify": verify,
-                "test_fraction": test_fraction,
-                "validation": validation,
-                "seed": seed,
-            }
+            options = {"size": size, "verify": verify, "test_fraction": test_fraction}
+            options |= {"validation": validation, "seed": seed}
             dataset = _describe(folder, opened, scans, image_format, options)
             # Written last, because this file makes the folder a data set.
             (folder / DESCRIPTION).write_text(dataset.to_json(), encoding="utf-8")
@@ -114,14 +113,14 @@ def _check_options(
     size: int | None, image_format: str, test_fraction: float | None, validation: float | None, workers: int | None
 ) -> None:
     if size is not None and not 1 <= size <= LARGEST_SIZE:
-        raise ValueError(f"size: expected 1 … {LARGEST_SIZE} pixels, got {size}")
+        raise OptionError(f"size: expected 1 … {LARGEST_SIZE} pixels, got {size}")
     if image_format not in IMAGE_FORMATS:
-        raise ValueError(f"image_format: expected {' or '.join(IMAGE_FORMATS)}, got {image_format}")
+        raise OptionError(f"image_format: expected {' or '.join(IMAGE_FORMATS)}, got {image_format}")
     for name, share in (("test_fraction", test_fraction), ("validation", validation)):
         if share is not None and not 0 < share < 1:
-            raise ValueError(f"{name}: expected a share between 0 and 1, got {share}")
+            raise OptionError(f"{name}: expected a share between 0 and 1, got {share}")
     if workers is not None and workers < 1:
-        raise ValueError(f"workers: expected at least 1, got {workers}")
+        raise OptionError(f"workers: expected at least 1, got {workers}")
 
 
 def _check(source: Source, given: str | Path) -> None:
@@ -193,7 +192,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SOURCE", help="CIFAR archive or folder, Parquet, class folders, or digits")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to write; must not exist, or be empty")
     parser.add_argument("--size", type=int, metavar="N", help="resize the shorter side to N pixels, crop to N×N")
-    parser.add_argument("--no-verify", action="store_true", help="do not check the checksums of official CIFAR files")
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="do not check the checksums of official CIFAR files"
+    )
     parser.add_argument("--image-format", choices=IMAGE_FORMATS, default="raw", help="raw (exact) or jpg (smaller)")
     parser.add_argument(
         "--test-fraction", type=float, metavar="F", help="share to test on without a test set (0.1; digits 0.2)"
@@ -210,35 +211,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    start = time.monotonic()
+    options = vars(_parser().parse_args(arguments))
+    quiet, start = options.pop("quiet"), time.monotonic()
 
     def say(line: str) -> None:
-        if not options.quiet:
+        if not quiet:
             print(line, flush=True)
 
     try:
-        _check_options(options.size, options.image_format, options.test_fraction, options.validation, options.workers)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        dataset = convert(
-            options.source,
-            options.out,
-            size=options.size,
-            verify=not options.no_verify,
-            image_format=options.image_format,
-            test_fraction=options.test_fraction,
-            validation=options.validation,
-            seed=options.seed,
-            workers=options.workers,
-            overwrite=options.overwrite,
-            progress=not options.quiet,
-            log=say,
-        )
-    except DataError as error:
+        dataset = convert(**options, progress=not quiet, log=say)
+    except (DataError, OptionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

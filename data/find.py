@@ -98,21 +98,11 @@ def fingerprint(source: str | Path) -> str:
     """64 hexadecimal digits that change when the source does. Names, sizes and modification times are compared, not
     contents, which is fast. Raises OSError."""
     entries: list[tuple[str, int, int]] = []
-    if str(source) != DIGITS or Path(source).exists():
+    if source != DIGITS:
         path = Path(source).resolve()
-        if path.is_dir():
-            entries.append((str(path), 0, 0))
-            for folder, subfolders, names in os.walk(path, followlinks=False):
-                subfolders.sort()
-                for name in (*sorted(names), *subfolders):
-                    full = os.path.join(folder, name)
-                    status = os.stat(full) if os.path.exists(full) else os.lstat(full)
-                    entries.append((os.path.relpath(full, path), status.st_size, status.st_mtime_ns))
-        else:
-            status = path.stat()
-            entries.append((str(path), status.st_size, status.st_mtime_ns))
-    else:
-        entries.append((DIGITS, 0, 0))
+        for each in (path, *sorted(path.rglob("*"))):
+            status = each.stat() if each.exists() else each.lstat()  # a link that leads nowhere
+            entries.append((str(each), status.st_size, status.st_mtime_ns))
     text = json.dumps([FORMAT_VERSION, entries])
     return hashlib.sha256(text.encode()).hexdigest()
 

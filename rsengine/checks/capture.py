@@ -17,7 +17,7 @@ import contextlib
 import gc
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,7 +109,6 @@ def trace_step(
     device: torch.device,
     image_size: tuple[int, int] = (32, 32),
     num_classes: int = 10,
-    kind: Callable[..., TrainStep] = TrainStep,
 ) -> tuple[TrainStep, tuple[Tensor, ...]]:
     """The step of a recipe as it would be captured, and its static inputs; to be called inside :func:`tracing`."""
     train = recipe.train
@@ -133,7 +132,6 @@ def trace_step(
         steps_per_epoch,
         resident=resident,
         model=model,
-        kind=kind,
     )
     step.image_size = image_sizes(recipe, image_size)[0]
     return step, inputs

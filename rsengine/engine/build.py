@@ -32,7 +32,6 @@ def build_step(
     *,
     resident: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     model: nn.Module | None = None,
-    kind: Callable[..., TrainStep] = TrainStep,
 ) -> TrainStep:
     """The training step of a recipe. On a GPU it trains on copies of the weights in autocast's dtype where it can.
 
@@ -40,13 +39,12 @@ def build_step(
         mean, std: of the data set, three numbers each, in units of 0 to 1.
         resident: as :class:`TrainStep` takes it.
         model: a network to train in place of the recipe's own.
-        kind: the class of the step.
     """
     model = build_model(recipe, num_classes) if model is None else model
     use_products(model, recipe.train.convolutions)
     preprocess = Preprocess(mean, std, execution.device)
     copies = execution.device.type != "cpu" and execution.autocast_dtype is not None and recipe.train.micro_batches == 1
-    return kind(model, recipe, preprocess, execution, steps_per_epoch, resident=resident, weight_copies=copies)
+    return TrainStep(model, recipe, preprocess, execution, steps_per_epoch, resident=resident, weight_copies=copies)
 
 
 def build_evaluation(

@@ -37,7 +37,6 @@ class BetonLoader:
         augmentations: applied to each image, see :mod:`rsengine.augment`.
         shuffle: a new order each epoch, from ``seed`` and the epoch alone; otherwise the order of the file.
         drop_last: leave out the last batch where it is not full.
-        workers: FFCV's threads. One decodes several hundred thousand CIFAR images a second.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class BetonLoader:
         shuffle: bool = False,
         drop_last: bool = False,
         seed: int = 0,
-        workers: int = 1,
     ) -> None:
         self.batch_size = batch_size
         self.augmentations = list(augmentations)
@@ -58,7 +56,7 @@ class BetonLoader:
             self._loader = Loader(
                 str(path),
                 batch_size=batch_size,
-                num_workers=workers,
+                num_workers=1,  # decodes several hundred thousand CIFAR images a second
                 order=self._order,
                 drop_last=drop_last,
                 seed=seed,

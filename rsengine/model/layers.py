@@ -88,7 +88,7 @@ class BatchNorm(nn.BatchNorm2d):
         return batch_norm(x, *self.tensors(), self.momentum, self.eps, relu)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Count a batch if :attr:`counts`, and return what the operations of :mod:`rsengine.kernels` take from this layer."""
+        """Count a batch if :attr:`counts`; return what the operations of :mod:`rsengine.kernels` take from here."""
         if self.counts:
             self.num_batches_tracked.add_(1)
         return self.weight, self.bias, self.running_mean, self.running_var

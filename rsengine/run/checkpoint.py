@@ -27,9 +27,6 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises:
         CheckpointError: ``path`` holds something that is not a checkpoint of this program; it is left alone.
     """
-    missing = [key for key in _KEYS if key not in state]
-    if missing:
-        raise ValueError(f"state: expected the keys {', '.join(_KEYS)}; missing {', '.join(missing)}")
     if path.exists():
         _read(path, mmap=True)
     with atomic_path(path) as temporary:

@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -94,8 +95,8 @@ def checked_sizes(name, settings=()):
 
 
 def check_class(kind):
-    with tracing() as device:
-        step, inputs = trace_step(load_recipe("quickstart").with_settings(SMALL), device, (8, 8), kind=kind)
+    with tracing() as device, mock.patch("rsengine.engine.build.TrainStep", kind):
+        step, inputs = trace_step(load_recipe("quickstart").with_settings(SMALL), device, (8, 8))
         return check_step(step, inputs).findings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,9 +11,8 @@ import torch
 from torch import Tensor
 
 from rsengine.augment import DeviceAugment
+from rsengine.checks.gpu import equality
 from rsengine.checks.gpu.device import DRY_RUN, Setup
-from rsengine.checks.gpu.equality import difference, exact_convolutions, loss_difference
-from rsengine.checks.gpu.steps import capture, device_batches, make_step
 from rsengine.data import find_dataset
 from rsengine.kernels import (
     augment_batch,
@@ -110,20 +110,8 @@ def augmentation(setup: Setup) -> dict[str, Any]:
 
 
 def captured_step(setup: Setup) -> dict[str, Any]:
-    recipe = setup.recipe(*DRY_RUN)
-    batches, curves = device_batches(recipe, setup.device, 4), []
-    with exact_convolutions():
-        for graph in (False, True):
-            step = make_step(recipe, setup.device, bf16=False, graph=graph)
-            run = capture(step, setup.device, recipe) if graph else step
-            losses = []
-            for number in range(20):
-                run(*batches[number % 4])
-                totals = step.read_totals()
-                losses.append(totals.loss / max(totals.images, 1))
-            curves.append(losses)
-    worst = loss_difference(*curves)
-    return {"steps": 20, "difference": worst, "wrong": [] if worst <= 1e-3 else [f"losses differ by {worst:.2g}"]}
+    """A short run of the equality check, on a tiny network."""
+    return equality.measure("float32", dataclasses.replace(setup, settings=DRY_RUN, steps=20))
 
 
 def profiler(setup: Setup) -> dict[str, Any]:
@@ -150,6 +138,6 @@ def feeder(setup: Setup) -> dict[str, Any]:
 
 
 def compare(ours: Sequence[Tensor], eager: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Any]:
-    worst = max(difference([t.double() for t in eager], [t.double() for t in ours]))
+    worst = max(equality.difference([t.double() for t in eager], [t.double() for t in ours]))
     wrong = [f"Triton and eager differ by {worst:.2g}, relative"] if worst > TOLERANCES[dtype] else []
     return {"difference": worst, "tolerance": TOLERANCES[dtype], "wrong": wrong}
