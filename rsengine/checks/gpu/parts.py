@@ -127,7 +127,7 @@ PARTS = (
     ),
     Part(
         "tests",
-        "the kernel tests natively, dealt out over the cores",
+        "the kernel tests on the GPU, distributed over the cores",
         "rsengine.checks.gpu.suites",
         (Row("kernel tests", 62, 120),),
     ),
