@@ -70,15 +70,15 @@ Written by `python -m rsengine.kernels.proof.compile_report` (`make compile-repo
   A form that has to read an operand twice, because it does not fit on chip, shows `2 ×`. Only the operands named in
   the tables count: biases, (N, C) intermediates and pointer tables do not, and weights count once, though each tile
   of samples after the first reads them again, from the GPU's second-level cache.
-- **Predicted**: the time is the roofline bound: the bytes moved at the real size over the GPU's published bandwidth; no kernel can be faster on
-  operands that do not fit in its caches, and none is promised to be as fast. Where that is longer (marked †), it is the
-  time in which one multiprocessor loads what the longest program of each launch does, at {loaded} bytes a clock: a few
-  programs that each read large weights wait for their own multiprocessor, not for the card. Those bytes are counted at
-  the small size, so that they are too few where a program's work grows with the batch. Products of PyTorch's library,
-  which some launchers use, are not in it. Under about {launch:.0f} µs (marked *) the
-  launch costs more than the bytes, and the number bounds nothing. Occupancy is NVIDIA's calculator's arithmetic
-  (`cuda_occupancy.h`) with the limits of the CUDA programming guide's table of compute capabilities, and for gfx942
-  the limits of LLVM's AMDGPU back end.
+- **Predicted**: the time is the roofline bound: the bytes moved at the real size over the GPU's published bandwidth.
+  No kernel can be faster on operands that do not fit in the caches, and none is promised to be as fast. Where it is
+  longer (marked †), the time is that in which one multiprocessor loads what the longest program of each launch does, at
+  {loaded} bytes a clock: a few programs that each read large weights wait for their own multiprocessor, not for the
+  card. Those bytes are counted at the small size, so they are too few where a program's work grows with the batch.
+  Products of PyTorch's library, which some launchers use, are not in it. Under about {launch:.0f} µs (marked *) the
+  launch costs more than the bytes, and the number bounds nothing. Occupancy is computed as by NVIDIA's calculator
+  (`cuda_occupancy.h`), with the limits from the CUDA programming guide's table of compute capabilities, and for gfx942
+  with the limits of LLVM's AMDGPU back end.
 
 Loads and stores: instructions in the code, by the bytes a thread moves with each: `16 B × 4` is four 128-bit ones. A
 program on gfx942 has twice as many threads (64 to a wavefront), so each moves half as much at once. Registers and

@@ -104,7 +104,7 @@ def _squeeze_excite(single: int, split: int) -> Callable[[list[Operand]], int]:
 
         x, w1 = next(t for t in operands if len(t.shape) == 4), next(t for t in operands if len(t.shape) == 2)
         pixels, channels = x.shape[2] * x.shape[3], x.shape[1]
-        return single if plan(pixels, channels, w1.shape[0], x.dtype).is_single_pass else split
+        return single if plan(pixels, channels, w1.shape[0], x.dtype, w1.dtype).is_single_pass else split
 
     return count
 
