@@ -31,8 +31,6 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
 PICTURE = DOCUMENT.parent / "growth.png"
 HEADING = "## Growth"
 STEPS = 5
-# NVIDIA's H100 SXM data sheet: dense bfloat16 operations and bytes of memory traffic a second.
-H100_FLOPS, H100_BYTES = 989e12, 3.35e12
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,6 @@ def measure_here(point: Point) -> dict[str, float]:
         "peak_bytes": peak,
         "start_seconds": first,
         "multiply_adds": summary.multiply_adds,
-        "activation_bytes": summary.activation_bytes,
-        "parameters": summary.parameters,
     }
 
 
@@ -162,29 +158,8 @@ def text(results: dict[str, list[tuple[Point, dict]]]) -> str:
             gflops = 6 * found["multiply_adds"] * rate / 1e9
             memory, start = found["peak_bytes"] / 2**30, found["start_seconds"]
             lines.append(f"| {name} | {rate:.1f} | {gflops:.0f} | {memory:.2f} | {start:.1f} |")
-    lines += [
-        "",
-        "### An H100: predicted, not measured",
-        "",
-        "The most that the data sheet allows at batch 1,024: the larger of the time of the multiply-adds (forward and "
-        "twice that backward, at 989 TFLOP/s of bfloat16) and that of the bytes (activations kept for the backward "
-        "pass in bfloat16, written once and read twice; 28 B a parameter; at 3.35 TB/s).",
-        "",
-        "| depth | images/s at most | bound by |",
-        "|---:|---:|---|",
-    ]
-    for point, found in results.get("depth", []):
-        if "failed" not in found:
-            rate, bound = predicted(found)
-            lines.append(f"| {point.depth} | {rate:,.0f} | {bound} |")
+    lines += ["", "What an H100 would allow, predicted from the operators of a step: [launches.md](launches.md)."]
     return "\n".join(lines) + "\n"
-
-
-def predicted(found: dict[str, float], batch: int = 1024) -> tuple[float, str]:
-    """Images/s that an H100 cannot pass, and what forbids more."""
-    arithmetic = 6 * found["multiply_adds"] * batch / H100_FLOPS
-    memory = (3 * found["activation_bytes"] / 2 * batch + 28 * found["parameters"]) / H100_BYTES
-    return batch / max(arithmetic, memory), "arithmetic" if arithmetic > memory else "memory"
 
 
 def rows_of(document: str) -> dict[str, list[tuple[int, float, float]]]:
