@@ -126,6 +126,112 @@ FAULTS = {
             "p.to(P_TYPE) + offs\n        g",
         ),
     ],
+    ("kernels/jit/statistics_kernels.py", "tests/kernels/jit/test_batch_norm.py"): [
+        (
+            "statistics: lanes and parts are not joined",
+            "tl.sum(squares + count * d * d, axis=0)",
+            "tl.sum(squares, axis=0)",
+        ),
+        (
+            "statistics: squares of the values are summed",
+            "rough = tl.sum(count * mean, axis=0) / total",
+            "rough = tl.sum(count * mean, axis=0) * 0.0",
+        ),
+        (
+            "statistics: parts beyond the first step are not joined",
+            "their_squares + d * d * (merged * theirs / (merged + theirs))",
+            "their_squares",
+        ),
+        ("statistics: the last part counts as a whole one", "rows - (parts - 1) * part_rows, 0)", "part_rows, 0)"),
+        (
+            "statistics: a lane's mean moves by the same share each time",
+            "(1.0 / (i // BLOCK_M + 1))",
+            "(1.0 / (i // BLOCK_M * 0 + 1))",
+        ),
+        (
+            "statistics: rows of the next split are read",
+            "mask = (offs_m < size - i)[:, None]",
+            "mask = (offs_m < BLOCK_M)[:, None]",
+        ),
+        ("statistics: the sums of later parts are left out", "acc += tl.load(sums_ptr", "acc = tl.load(sums_ptr"),
+        ("statistics: the running variance is biased", "squares / (rows - 1)", "squares / rows"),
+    ],
+    ("kernels/jit/batch_norm_kernels.py", "tests/kernels/jit/test_batch_norm.py"): [
+        ("normalise: ReLU hides NaN", "tl.where(y < 0.0, 0.0, y)", "tl.where(y > 0.0, y, 0.0)"),
+        ("normalise: ReLU passes the gradient at 0", "<= 0.0, 0.0, g)", "< 0.0, 0.0, g)"),
+        ("normalise: every split moves the buffers", "if split == 0:", "if split >= 0:"),
+        (
+            "normalise: rows of the next split are written",
+            "mask = (offs_m < size - last + i)[:, None]",
+            "mask = (offs_m < BLOCK_M)[:, None]",
+        ),
+        ("normalise: the steps back skip rows", "(size - 1) // BLOCK_M * BLOCK_M", "size // BLOCK_M * BLOCK_M"),
+        (
+            "normalise: rows are summed without their split's start",
+            "first = start.to(tl.int64) * CHANNELS",
+            "first = start.to(tl.int64) * 0",
+        ),
+        (
+            "normalise: the gradient's mean is left in",
+            "constant = -scale * total / rows",
+            "constant = -scale * total * 0.0",
+        ),
+        (
+            "normalise: the weight's gradient is not divided by the deviation",
+            "product * deviation, mask=mask_c",
+            "product, mask=mask_c",
+        ),
+    ],
+    ("kernels/jit/batch_norm.py", "tests/kernels/proof/test_compile.py"): [
+        (
+            "normalise: a program takes less of a row than a vector",
+            "LINE_BYTES = 16, 32, 128",
+            "LINE_BYTES = 8, 8, 128",
+        ),
+    ],
+    ("kernels/jit/block_epilogue_kernels.py", "tests/kernels/jit/test_block_epilogue.py"): [
+        (
+            "block epilogue: the last split has images past the batch",
+            "tl.minimum((split + 1) * images, n)",
+            "(split + 1) * images",
+        ),
+        ("block epilogue: tiles of a split are not joined", "+ delta * delta * (count * share)", "+ 0.0 * delta"),
+        ("block epilogue: an image's mean is of its last tile", "* (pixels / (p + pixels))", "* 1.0"),
+        (
+            "block epilogue: the squeezed maps are not normalised",
+            "squeezed = centred * scale[None, :]",
+            "squeezed = centred",
+        ),
+        (
+            "block epilogue: the gate's gradient lacks stochastic depth",
+            "dlogit *= _keep(keep_ptr, offs_n, n_end)",
+            "dlogit *= 1.0",
+        ),
+        ("block epilogue: the sigmoid's derivative lacks a factor", "* gate * (1.0 - gate)", "* gate"),
+        (
+            "block epilogue: the squeeze's gradient is not divided by the pixels",
+            "dsqueezed / PIXELS - dbias",
+            "dsqueezed - dbias",
+        ),
+        ("block epilogue: the variance has no gradient", " - x * slope[None, None, :]", ""),
+        ("block epilogue: the bias has none of the squeeze", "kept * total + dsqueezed", "kept * total"),
+        ("block epilogue: the scale has none of the squeeze", "kept * product + dsqueezed * centred", "kept * product"),
+        ("block epilogue: a program goes on into the next one's images", "tl.minimum(n_start + IMAGES, n)", "n"),
+        ("block epilogue: the last pixels' tile is not masked", "(offs_p < PIXELS)", "(offs_p >= 0)"),
+    ],
+    ("kernels/jit/block_epilogue.py", "tests/kernels/jit/test_block_epilogue.py"): [
+        ("block epilogue: the library's hidden layer is not rectified", "torch._addmm_activation(b1", "torch.addmm(b1"),
+        (
+            "block epilogue: autocast reaches the library's products",
+            "torch.autocast(x.device.type, enabled=False)",
+            "torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type))",
+        ),
+        (
+            "block epilogue: a strided keep_scale is read as if it were not",
+            "keep_scale = None if keep_scale is None else keep_scale.contiguous()",
+            "keep_scale = keep_scale",
+        ),
+    ],
 }
 
 

@@ -29,7 +29,7 @@ from .case import Budget, CompileCase, Stream
 from .guard import on_operands_device
 from .statistics_kernels import MOST_PROGRAMS, PARTS_AT_ONCE, row_splits
 
-VECTOR_BYTES, SECTOR_BYTES, LINE_BYTES = 16, 32, 128  # an instruction's, the least that memory hands out, a cache's
+VECTOR_BYTES, SECTOR_BYTES, LINE_BYTES = 16, 32, 128  # of one access, of what memory hands out, of a cache's line
 SINGLE_PASS_ELEMENTS = 16_384  # of one map, padded to powers of two, stay in the registers of one program
 TILE_BYTES = 8192  # of one map that a program of two passes works on at a time ...
 STAGES = 4  # ... with the next ones on their way
@@ -50,18 +50,21 @@ def plan(rows: int, channels: int, dtype: torch.dtype, is_single_pass: bool | No
     """Form and block sizes for maps of ``rows`` x ``channels``; ``is_single_pass`` overrides the choice of form."""
     size, widest = dtype.itemsize, triton.next_power_of_2(channels)
     block_m = triton.next_power_of_2(rows)
+    # Rows that are not aligned need an address for each number, and so more registers: a thread gets half as many.
+    share = 1 if channels * size % VECTOR_BYTES == 0 else 2
+    most = SINGLE_PASS_ELEMENTS // share
     if is_single_pass is None:
-        is_single_pass = block_m * (VECTOR_BYTES // size) <= SINGLE_PASS_ELEMENTS
+        is_single_pass = block_m * (VECTOR_BYTES // size) <= most
     if is_single_pass:
         # Half a sector of each row, where a whole one does not fit, is read twice from a cache and once from memory.
-        block_c = SECTOR_BYTES if block_m * (SECTOR_BYTES // size) <= SINGLE_PASS_ELEMENTS else VECTOR_BYTES
+        block_c = SECTOR_BYTES if block_m * (SECTOR_BYTES // size) <= most else VECTOR_BYTES
         block_c = min(block_c // size, widest)
-        num_warps = min(max(triton.next_power_of_2(block_m * block_c // 1024), 4), 16)
+        num_warps = min(max(triton.next_power_of_2(block_m * block_c * share // 1024), 4), 16)
         return Plan(True, block_m, block_c, num_warps, 1, rows)
     # Whole lines of memory, or less of them where the programs would not occupy the GPU.
     block_c = min(LINE_BYTES // size, widest)
     while True:
-        tile_rows = min(TILE_BYTES // (block_c * size), block_m)
+        tile_rows = min(TILE_BYTES // share // (block_c * size), block_m)
         splits, split_rows = row_splits(rows, triton.cdiv(channels, block_c), tile_rows)
         programs = triton.cdiv(channels, block_c) * splits
         if 2 * programs > MOST_PROGRAMS or block_c * size <= SECTOR_BYTES:
@@ -88,7 +91,7 @@ def forward(
     x = x.contiguous(memory_format=torch.channels_last)
     channels = x.shape[1]
     rows = x.numel() // channels
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, memory_format=torch.channels_last)
     mean, deviation = torch.empty_like(weight), torch.empty_like(weight)
     chosen = plan(rows, channels, x.dtype, is_single_pass)
     block = {"BLOCK_M": chosen.block_m, "BLOCK_C": chosen.block_c}
@@ -139,7 +142,7 @@ def backward(
     dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
     channels = x.shape[1]
     rows = x.numel() // channels
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
     chosen = plan(rows, channels, x.dtype, is_single_pass)
     block = {"BLOCK_M": chosen.block_m, "BLOCK_C": chosen.block_c}

@@ -15,7 +15,7 @@ from .statistics_kernels import _merge, _merge_parts, _move_buffers, _row_statis
 
 @triton.jit
 def _affine(x, mean, scale, bias):
-    """``(x - mean) * scale + bias``; the mean goes first, because a large one would leave few digits to the rest."""
+    """``(x - mean) * scale + bias``: beside a large mean the difference is nearly exact, and a product is not."""
     return (x - mean[None, :]) * scale[None, :] + bias[None, :]
 
 

@@ -18,8 +18,13 @@ ODD = [
     (2, 8, 1, 1),  # the fewest rows that have a variance
     (1, 1, 3, 5),  # one image of one channel
     (5, 257, 3, 3),  # one channel more than a power of two
-    (1, 20, 32, 64),  # 2,048 rows, the most that a program holds of 16-bit numbers; 2 ** n + 4 channels
-    (1, 20, 3, 683),  # one row more: two passes, the last split of few rows
+    (
+        1,
+        24,
+        32,
+        64,
+    ),  # 2,048 rows, the most that a program holds of 16-bit numbers; 1.5 times a power of two of channels
+    (1, 24, 3, 683),  # one row more: two passes, the last split of few rows
     (9, 33, 17, 20),  # two passes with tails in rows and channels
 ]
 # Programs of two passes work on little at a time and merge few parts at once, so that small maps make them repeat it.
@@ -149,6 +154,8 @@ def test_the_form_follows_from_the_rows():
     assert not launchers.plan(128 * 8 * 8, 64, torch.bfloat16).is_single_pass
     assert launchers.plan(4096, 64, torch.float32).is_single_pass  # of 4 channels, a program holds twice the rows
     assert not launchers.plan(4097, 64, torch.float32).is_single_pass
+    assert launchers.plan(1024, 63, torch.bfloat16).is_single_pass  # of rows that are not aligned, half
+    assert not launchers.plan(1025, 63, torch.bfloat16).is_single_pass
 
 
 @given(rows=st.integers(2, 2**31), channel_blocks=st.integers(1, 4096), block_m=st.sampled_from([1, 64, 256, 4096]))
