@@ -123,8 +123,9 @@ def test_every_recipe_can_be_captured(elsewhere, name):
     assert "can be captured: the same" in evaluation, evaluation
     assert 0 < launches < len(names)
     # The fused operators appear as what they are on a GPU, not as the parts of the CPU path.
-    blocks = names.count("rsengine.squeeze_excite")
-    assert blocks == names.count("rsengine.squeeze_excite_backward") >= 3
+    blocks = names.count("rsengine.batch_norm_squeeze_excite_residual")
+    assert blocks == names.count("rsengine.batch_norm_squeeze_excite_residual_backward") >= 3
+    assert not any(name.startswith("rsengine.squeeze_excite") for name in names)
     assert names.count("rsengine.batch_norm") == names.count("rsengine.batch_norm_backward") >= 6
     assert not any("native_batch_norm" in name for name in names)
     once = ("label_smoothed_cross_entropy", "scale_gradient_", "sgd_ema_step", "ema_update")
@@ -167,7 +168,7 @@ def test_a_planted_mistake_is_found_at_its_line(elsewhere, kind):
 def test_a_line_of_the_forward_pass_is_named_for_an_operation_of_the_backward_pass(elsewhere):
     (kind,) = (kind for kind in EXPECTED if kind.__name__ == "GradientsOfTheStepBefore")
     forward = [finding.forward.text for finding in elsewhere(check_class, kind) if finding.forward]
-    assert any("torch.ops.rsengine.squeeze_excite(" in text for text in forward)
+    assert any("torch.ops.rsengine.batch_norm_squeeze_excite_residual(" in text for text in forward)
 
 
 def test_the_step_is_checked_at_every_size_it_trains_at(elsewhere):
