@@ -29,8 +29,8 @@ def maps(shape):
     return [t.contiguous(memory_format=torch.channels_last) for t in made]
 
 
-def squeeze_excite_weights(c):
-    return [torch.randn(*s, device=DEVICE).mul_(0.05) for s in [(c // 4, c), (c // 4,), (c, c // 4), (c,)]]
+def squeeze_excite_weights(c, dtype=torch.float32):
+    return [torch.randn(*s, device=DEVICE).mul_(0.05).to(dtype) for s in [(c // 4, c), (c // 4,), (c, c // 4), (c,)]]
 
 
 @every_implementation
@@ -68,7 +68,8 @@ def test_batch_norm(benchmark, op, shape, with_backward, impl):
     epilogue = op is batch_norm_squeeze_excite_residual
     scale = [torch.randn(c, device=DEVICE) for _ in range(2)]
     buffers = torch.zeros(c, device=DEVICE), torch.ones(c, device=DEVICE)
-    weights = squeeze_excite_weights(c)
+    # On a GPU a step has copies of the weights in bfloat16.
+    weights = squeeze_excite_weights(c, torch.float32 if DEVICE.type == "cpu" else torch.bfloat16)
 
     next_inputs = rotation(lambda: maps(shape))
 

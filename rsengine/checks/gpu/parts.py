@@ -152,9 +152,10 @@ PARTS = (
         "every compile case against its bound at the copy rate measured there, and against eager",
         "rsengine.checks.gpu.kernels",
         (
-            Row("squeeze_excite", 33, 100),
+            Row("block_epilogue", 33, 100),
             Row("ema", 8, 60),
             _extra("batch_norm", 30, 100),
+            _extra("squeeze_excite", 33, 100),
             _extra("cross_entropy", 25, 90),
             _extra("augment", 25, 90),
         ),

@@ -360,7 +360,13 @@ def test_the_first_look_at_an_op_compares_triton_with_eager(row, monkeypatch):
 
         return run
 
-    ops = "label_smoothed_cross_entropy", "batch_norm", "squeeze_excite_residual", "sgd_ema_step", "augment_batch"
+    ops = (
+        "label_smoothed_cross_entropy",
+        "batch_norm",
+        "batch_norm_squeeze_excite_residual",
+        "sgd_ema_step",
+        "augment_batch",
+    )
     for op in ops:
         monkeypatch.setattr(smoke, op, twice(getattr(smoke, op)))
     assert smoke.measure(row, setup())["wrong"] == []
