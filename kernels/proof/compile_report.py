@@ -69,13 +69,14 @@ Written by `python -m rsengine.kernels.proof.compile_report` (`make compile-repo
   of each large operand. They equal the bytes that must cross the memory bus, or this file is not written.
   A form that has to read an operand twice, because it does not fit on chip, shows `2 ×`. Only the operands named in
   the tables count: biases, (N, C) intermediates and pointer tables do not, and weights count once, though each tile
-  of samples after the first reads them again, from the GPU's second-level cache.
+  of samples after the first reads them again, from the GPU's second-level cache. Weights that products of PyTorch's
+  library read are not counted in the interpreter, but taken as read once.
 - **Predicted**: the time is the roofline bound: the bytes moved at the real size over the GPU's published bandwidth.
   No kernel can be faster on operands that do not fit in the caches, and none is promised to be as fast. Where it is
   longer (marked †), the time is that in which one multiprocessor loads what the longest program of each launch does, at
   {loaded} bytes a clock: a few programs that each read large weights wait for their own multiprocessor, not for the
   card. Those bytes are counted at the small size, so they are too few where a program's work grows with the batch.
-  Products of PyTorch's library, which some launchers use, are not in it. Under about {launch:.0f} µs (marked *) the
+  The library's products are not in it. Under about {launch:.0f} µs (marked *) the
   launch costs more than the bytes, and the number bounds nothing. Occupancy is computed as by NVIDIA's calculator
   (`cuda_occupancy.h`), with the limits from the CUDA programming guide's table of compute capabilities, and for gfx942
   with the limits of LLVM's AMDGPU back end.
