@@ -47,6 +47,15 @@ def build(model, *settings, steps_per_epoch=10, execution=FP32, **options):
     return TrainStep(model, recipe, Preprocess(MEAN, STD), execution, steps_per_epoch, **options)
 
 
+def test_a_profilers_trace_has_the_stages_of_a_step_in_their_order():
+    step, batch = build(small(), "train.micro_batches=2"), next(batches(1))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step(*batch)
+    events = sorted((e for e in profiler.events() if e.is_user_annotation), key=lambda e: e.time_range.start)
+    part = ["images", "network", "loss", "backward", "counters"]
+    assert [e.name for e in events] == ["counters", "images", "gradients", *part, *part, "update", "counters"]
+
+
 def test_images_are_resized_as_pillow_does():
     images, _ = next(batches(1, n=2))
     small = resized(images.permute(0, 3, 1, 2), (8, 8)).permute(0, 2, 3, 1)
