@@ -29,6 +29,20 @@ def maps(shape):
     return [t.contiguous(memory_format=torch.channels_last) for t in made]
 
 
+def on_maps(function, next_maps, leaves, with_backward):
+    """A run of ``function``, and of its backward pass, on ``leaves(x, shortcut)`` of the next maps."""
+
+    def run():
+        x, shortcut, dy = next_maps()
+        with torch.autocast(DEVICE.type, torch.bfloat16), torch.set_grad_enabled(with_backward):
+            tensors = [t.requires_grad_(with_backward) for t in leaves(x, shortcut)]
+            y = function(*tensors)
+        if with_backward:
+            torch.autograd.grad(y, tensors, dy)
+
+    return run
+
+
 def squeeze_excite_weights(c, dtype=torch.float32):
     return [torch.randn(*s, device=DEVICE).mul_(0.05).to(dtype) for s in [(c // 4, c), (c // 4,), (c, c // 4), (c,)]]
 
@@ -38,20 +52,10 @@ def squeeze_excite_weights(c, dtype=torch.float32):
 @pytest.mark.parametrize("shape", STAGES, ids=str)
 def test_squeeze_excite_residual(benchmark, shape, with_backward, impl):
     n, c, side = shape
-    weights = squeeze_excite_weights(c)
-
-    next_inputs = rotation(lambda: maps(shape))
+    weights, next_maps = squeeze_excite_weights(c), rotation(lambda: maps(shape))
 
     def runner(function):
-        def run():
-            x, shortcut, dy = next_inputs()
-            with torch.autocast(DEVICE.type, torch.bfloat16), torch.set_grad_enabled(with_backward):
-                tensors = [t.requires_grad_(with_backward) for t in (x, *weights, shortcut)]
-                y = function(*tensors)
-            if with_backward:
-                torch.autograd.grad(y, tensors, dy)
-
-        return run
+        return on_maps(function, next_maps, lambda x, shortcut: [x, *weights, shortcut], with_backward)
 
     run = runner(implementation(impl, squeeze_excite_residual, reference.squeeze_excite_residual))
     eager = runner(implementation("eager", squeeze_excite_residual, reference.squeeze_excite_residual))
@@ -70,22 +74,16 @@ def test_batch_norm(benchmark, op, shape, with_backward, impl):
     buffers = torch.zeros(c, device=DEVICE), torch.ones(c, device=DEVICE)
     # On a GPU a step has copies of the weights in bfloat16.
     weights = squeeze_excite_weights(c, torch.float32 if DEVICE.type == "cpu" else torch.bfloat16)
+    next_maps = rotation(lambda: maps(shape))
 
-    next_inputs = rotation(lambda: maps(shape))
+    def leaves(x, shortcut):
+        return [x, *scale, *((*weights, shortcut) if epilogue else ())]
 
     def runner(function):
-        def run():
-            x, shortcut, dy = next_inputs()
-            with torch.autocast(DEVICE.type, torch.bfloat16), torch.set_grad_enabled(with_backward):
-                leaves = [
-                    t.requires_grad_(with_backward) for t in (x, *scale, *((*weights, shortcut) if epilogue else ()))
-                ]
-                rest = leaves[3:] if epilogue else [0.1, 1e-5, True]
-                y = function(*leaves[:3], *buffers, *rest)
-            if with_backward:
-                torch.autograd.grad(y, leaves, dy)
+        def call(x, weight, bias, *rest):
+            return function(x, weight, bias, *buffers, *(rest or (0.1, 1e-5, True)))
 
-        return run
+        return on_maps(call, next_maps, leaves, with_backward)
 
     run = runner(implementation(impl, op, getattr(reference, op.__name__)))
     eager = runner(implementation("eager", op, getattr(reference, op.__name__)))

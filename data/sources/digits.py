@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 real scans of 8×8 pixels, at hand without a network."""
+"""scikit-learn's handwritten digits: 1,797 real scans of 8×8 pixels, available without a network."""
 
 from __future__ import annotations
 

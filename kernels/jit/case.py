@@ -45,7 +45,7 @@ class Stream:
 class CompileCase:
     """One launch of an op at a real shape.
 
-    name: op, pass, dtype and shape, for people.
+    name: op, pass, dtype and shape, for display.
     launch: ``launch(size)`` makes its operands with ``torch.empty`` on the CPU, calls the op's launcher and returns the
         large operands by name. Under the offline compiler nothing runs; under the interpreter it counts bytes.
     size: the real size (the batch; for the multi-tensor ops the number of parameters): report and predicted time.

@@ -32,7 +32,7 @@ TENSOR_COLUMNS = 512  # columns of tensor memory in a multiprocessor of sm_100
 
 @dataclass(frozen=True)
 class GPU:
-    """The GPU that stands for an architecture, by published numbers.
+    """The GPU that represents an architecture, with its published numbers.
 
     bandwidth: bytes a second, from source. clock: hertz, about what it runs at under load. Limits of one
     multiprocessor: warps (wavefronts), programs, and bytes of shared memory, with what each program takes of it beside

@@ -43,7 +43,7 @@ from .memory import ADDRESS, Launch, Memory, RaceError, Traffic
 
 
 class StrictBuilder(InterpreterBuilder):
-    """The interpreter's instructions, checked. Triton asks it for every one, so it also holds what a launch needs."""
+    """The interpreter's instructions, checked. Every instruction goes through it, so it also holds a launch's state."""
 
     def __init__(self) -> None:
         super().__init__()

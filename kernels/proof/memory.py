@@ -1,4 +1,4 @@
-"""What the strict interpreter knows about memory: who may touch it, who touched it last, how many bytes moved.
+"""The strict interpreter's model of memory: who may access it, who accessed it last, how many bytes moved.
 
 For :mod:`.interpreter`; the addresses are NumPy arrays, and nothing here loops over the lanes of an instruction.
 """
@@ -127,7 +127,7 @@ class Launch:
             return
         if self.bounds is None:  # the address came out of memory: from a pointer table
             memories = sorted(memory for memory in self.allowed.values() if memory.high > memory.low)
-            # The last row owns nothing, and stands for every address below the first.
+            # The last row owns nothing; it represents every address below the first.
             self.bounds = np.array([[memory.low, memory.high] for memory in memories] + [[0, 0]]), memories
         bounds, memories = self.bounds
         owner = np.searchsorted(bounds[:-1, 0], addresses, side="right") - 1

@@ -156,7 +156,7 @@ class ResNetRS(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, Bottleneck):
                 # The *last* batch norm, after which nothing but the sum follows: zeroing one that feeds a ReLU would
-                # leave both its output and its gradient at zero for ever.
+                # leave both its output and its gradient at zero forever.
                 nn.init.zeros_(module.bn3.weight)
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)

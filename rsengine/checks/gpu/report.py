@@ -93,7 +93,7 @@ def render(results: Results, calls: Sequence[dict[str, Any]]) -> str:
     if left := missing(results):
         lines.append(f"- not measured: {'; '.join(left)}")
     for title, table in (
-        ("The step, a way to run it each", _throughput_table(results)),
+        ("The step, run in each way", _throughput_table(results)),
         ("Baselines", _baseline_table(results)),
         ("Where the time of a captured step goes", _profile_tables(results)),
         ("Kernels against their bytes and against eager", _kernel_table(results)),

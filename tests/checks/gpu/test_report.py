@@ -127,7 +127,7 @@ def test_the_story_comes_first_and_says_what_matters():
     lines = report.render(RESULTS, CALLS).splitlines()
     assert lines[0] == "# Measured on Example GPU"
     assert "- `python -m rsengine.gpu_check`, 2026-01-01 10:00:00, 300 s, source abc" in lines
-    story = lines[lines.index("## In short") : lines.index("## The step, a way to run it each")]
+    story = lines[lines.index("## In short") : lines.index("## The step, run in each way")]
     for line in (
         "- Example GPU: a copy moves 2,988 GB/s (read and written), a bfloat16 matrix product makes 700.0 TFLOP/s",
         "- batch 128: 49,500 images/s, 5.50 times timm resnetrs50, torch.compile (9,000), the best of 2 baselines; "
