@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rsengine.checks.gpu.candidates import CANDIDATES
+
 START_SECONDS = 6.0  # predicted: a process that imports PyTorch and opens the GPU
 
 
@@ -165,6 +167,12 @@ PARTS = (
         "the recipe speedrun: time to 91.19 % on the test set",
         "rsengine.checks.gpu.training",
         (_extra("speedrun, resident", 90, 240),),
+    ),
+    Part(
+        "candidates",
+        "recipes to choose from for a GPU, on a validation split: accuracy and seconds",
+        "rsengine.checks.gpu.training",
+        tuple(_extra(name, 40, 120) for name in CANDIDATES),
     ),
     Part(
         "bench",

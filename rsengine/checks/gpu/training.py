@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -11,9 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rsengine.checks.gpu.candidates import CANDIDATES, VALIDATION, arguments
 from rsengine.checks.gpu.device import Setup
 from rsengine.checks.gpu.suites import die_with_this_process, end_of, last_words
-from rsengine.data import find_dataset
+from rsengine.data import convert, find_dataset
+from rsengine.data.dataset import DESCRIPTION
+from rsengine.data.find import VARIABLE
+from rsengine.data.sources.open import DIGITS
 from rsengine.run.files import METRICS_FILE
 from rsengine.run.log import EPOCH, START, accuracy
 
@@ -24,7 +29,7 @@ ARGUMENTS = {
     "quickstart, resident": ("--recipe", "quickstart", "--set", "train.loader=resident"),
     "quickstart, resident, plain steps": ("--recipe", "quickstart", "--set", "train.loader=resident", "--no-graph"),
     "speedrun, resident": ("--recipe", "speedrun", "--set", "train.loader=resident"),
-}
+} | {name: arguments(name) for name in CANDIDATES}
 
 
 def measure(row: str, setup: Setup) -> dict[str, Any]:
@@ -32,9 +37,15 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
         return {"left_out": "FFCV is not installed, and converting a data set needs it"}
     dry_run = () if setup.device.is_gpu else DRY_RUN
     started = time.monotonic()
-    dataset = find_dataset("digits" if dry_run else None, fallback_digits=True, log=setup.log)
-    conversion = time.monotonic() - started  # not a part of the run's time to its first step
     with tempfile.TemporaryDirectory() as folder:
+        if row in CANDIDATES:
+            source = os.environ.get(VARIABLE) or (DIGITS if dry_run else "")
+            if not source or (Path(source) / DESCRIPTION).exists():
+                return {"left_out": f"{VARIABLE} does not name a source to take a validation split of"}
+            dataset = convert(source, Path(folder) / "data", validation=VALIDATION, log=setup.log)
+        else:
+            dataset = find_dataset("digits" if dry_run else None, fallback_digits=True, log=setup.log)
+        conversion = time.monotonic() - started  # not a part of the run's time to its first step
         command = [sys.executable, "-m", "rsengine.train", *ARGUMENTS[row], "--data", str(dataset.folder)]
         command += ["--device", setup.device.device.type, *dry_run]
         out, printed = Path(folder) / "run", Path(folder) / "output"

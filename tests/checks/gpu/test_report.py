@@ -10,9 +10,13 @@ import torch
 
 from rsengine import gpu_check
 from rsengine.checks.gpu import report, suites, training
+from rsengine.checks.gpu.candidates import CANDIDATES, arguments
 from rsengine.checks.gpu.device import Cpu
 from rsengine.checks.gpu.parts import PARTS
+from rsengine.config import load_recipe
+from rsengine.data.find import VARIABLE
 from rsengine.errors import SettingsError
+from tests.checks.gpu.stand_in import StandIn, setup
 
 ROOT = Path(__file__).parents[3]
 
@@ -379,3 +383,28 @@ def test_the_digest_of_the_sources_is_the_same_twice():
     command = [sys.executable, "-c", "from rsengine.gpu_check import source_digest; print(source_digest())"]
     other = subprocess.run(command, cwd=ROOT, text=True, capture_output=True).stdout.strip()
     assert other == gpu_check.source_digest() and len(other) == 12
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_every_candidate_is_a_recipe_of_resident_data(name):
+    words = arguments(name)
+    settings = [setting for flag, setting in zip(words[2::2], words[3::2], strict=True) if flag == "--set"]
+    recipe = load_recipe(words[1]).with_settings(settings)
+    assert recipe.train.loader == "resident" and len(settings) == len(CANDIDATES[name]) + 2
+
+
+def test_a_candidate_without_a_source_to_split_is_left_out(monkeypatch, tmp_path):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert "RSENGINE_DATA does not name a source" in training.measure("speedrun", setup())["left_out"]
+    (tmp_path / "dataset.json").touch()
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    assert "RSENGINE_DATA does not name a source" in training.measure("speedrun", setup())["left_out"]
+
+
+@pytest.mark.thorough
+def test_a_candidate_runs_on_a_validation_split(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    device = StandIn()
+    device.is_gpu = False  # a dry run: a few steps on the digits
+    found = training.measure("speedrun", setup(device))
+    assert found["wrong"] == [] and found["epochs"] == [2] and found["seconds_to_goal"] is None
