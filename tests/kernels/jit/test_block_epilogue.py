@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rsengine.kernels import batch_norm_squeeze_excite_residual, reference
 from rsengine.kernels.jit import block_epilogue as launchers
 from tests.kernels.test_squeeze_excitation import doubled
-from tests.tolerances import assert_close
+from tests.tolerances import ABSOLUTE, assert_close
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [FLOAT, BF16, HALF]
@@ -112,9 +112,12 @@ def compare(tensors, keep_scale, dy, found, hidden, scale=1.0):
             *tensors[:3], *eager_buffers, *products, tensors[7], keep_scale, MOMENTUM, EPS, impl="eager"
         )
 
+    # What products in fewer bits err reaches the maps through the gate, whose slope is a quarter at most.
+    coarse = ABSOLUTE[tensors[3].dtype] / 4
+
     def close(ours, true, theirs):
-        size = float(true.detach().abs().max())
-        assert_close(ours, true, scale=scale * max(1.0, size), eager=theirs)
+        size = max(1.0, float(true.detach().abs().max())) * max(1.0, coarse / ABSOLUTE[ours.dtype])
+        assert_close(ours, true, scale=scale * size, eager=theirs)
 
     assert y.dtype == tensors[0].dtype and y.is_contiguous(memory_format=torch.channels_last)
     close(y, truth, eager)
@@ -178,7 +181,7 @@ def test_every_shape_in_every_form(shape, keep, dtype, device):
         check(shape, dtype, device, keep, chosen=chosen)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     shape=st.tuples(st.integers(2, 6), *(st.integers(1, top) for top in (40, 6, 6, 20))),
     dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
