@@ -56,7 +56,7 @@ def launched(monkeypatch):
                 monkeypatch.setattr(module, name, Kernel(name, found))
     monkeypatch.setattr(torch.cuda, "device", Current)
     # Fake tensors have no addresses to put into a table.
-    table = SimpleNamespace(records=[0], weight_decay=None, strides=None, dtypes=(torch.float32, torch.float32))
+    table = SimpleNamespace(records=[0], weight_decay=None, strides=None, dtypes=(torch.float32,) * 3)
     monkeypatch.setattr(ema_table, "layouts_of", lambda *lists: ())
     monkeypatch.setattr(ema_table, "tables", lambda *arguments: (table,))
     return found
