@@ -221,8 +221,6 @@ def part_of(operation: Operation) -> str:
     if stage is None:
         raise ValueError(f"{operation.name} at {operation.site}: expected a label of {', '.join(STAGES)}")
     name = operation.name
-    if stage == "update" and name == "aten.gather":
-        return COUNTERS  # it reads a rate from its table
     if stage != "network":
         return STAGES[stage]
     if "squeeze_excite" in name:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from rsengine.config import Recipe
 from rsengine.engine.muon import Muon
@@ -16,10 +17,10 @@ from rsengine.schedule import ema_decay_table, learning_rate_table
 
 
 class Group(NamedTuple):
-    """Parameters that are updated together. Each list has an entry for every one of them, or none for any."""
+    """Parameters that are updated together. Each list has one entry for each of them, or is empty."""
 
     params: list[Tensor]
-    leaves: list[Tensor]  # what the backward pass gives a gradient: the copies where there are any, else the parameters
+    leaves: list[Tensor]  # what gets the gradients: the copies if there are any, else the parameters
     momentum_buffers: list[Tensor]
     weight_decay: list[float]
     shadow: list[Tensor]
@@ -36,12 +37,12 @@ class Update:
     Args:
         ema_model: the same network, to hold the EMA; ``None`` for none.
         dtype: of Muon's Newton-Schulz products.
-        copy_dtype: of a copy of each weight and bias of the convolutions and linear layers, which the update keeps
-            current and the forward pass is to use; ``None`` for no copies.
+        copy_dtype: the dtype in which to keep a copy of each weight and bias of the convolutions and linear layers, for
+            the forward pass to use; ``None`` for no copies.
 
     Attributes:
         params, momentum_buffers, weight_decay: of every parameter of ``model``, in its order.
-        copies: by the name of the parameter; empty for none. The backward pass gives them their gradients.
+        copies: by the name of the parameter; empty for none. The backward pass leaves their gradients on them.
         shadow: the EMA of ``params``, or ``None``.
         learning_rates: (steps,) float64, SGD's, on the host; ``lr_table`` is its copy on the device.
     """
@@ -117,8 +118,10 @@ class Update:
         )
 
     def clear_gradients(self) -> None:
-        """So that the backward pass writes each gradient once, into memory of its own. A captured one always uses the
-        same memory."""
+        """Drop every gradient, so that the backward pass writes each one once, into new memory.
+
+        A captured step writes each gradient to the same memory at every replay.
+        """
         for leaf in self._leaves:
             leaf.grad = None
 
@@ -126,8 +129,10 @@ class Update:
         """Update every parameter by its gradient. ``now``: () int64, the step's place in the tables."""
         if self.clip_norm:
             clip_by_global_norm_([leaf.grad for leaf in self._leaves], self.clip_norm)
-        lr = self.lr_table.gather(0, now)
-        decay = None if self.shadow is None else self.decay_table.gather(0, now)
+        with record_function("counters"):
+            lr = self.lr_table.gather(0, now)
+            decay = None if self.shadow is None else self.decay_table.gather(0, now)
+            muon_lr = self.muon_lr_table.gather(0, now) if self._by_muon.params else None
         for group in self._by_sgd:
             sgd_ema_step(
                 group.params,
@@ -141,8 +146,8 @@ class Update:
                 self.nesterov,
                 copies=group.copies or None,
             )
-        if self._by_muon.params:
-            self._muon_step(self._by_muon, self.muon_lr_table.gather(0, now), decay)
+        if muon_lr is not None:
+            self._muon_step(self._by_muon, muon_lr, decay)
         if decay is not None:
             ema_update(self._shadow_buffers, self._buffers, decay)
 
@@ -159,13 +164,13 @@ class Update:
 
     @torch.no_grad()
     def refresh_copies(self) -> None:
-        """Make the copies those of the parameters, after something else has changed these."""
+        """Update the copies after something else has changed the parameters."""
         for group in (*self._by_sgd, self._by_muon):
             if group.copies:
                 torch._foreach_copy_(group.copies, group.params)
 
     def state_tensors(self) -> list[Tensor]:
-        """What it changes and keeps beside the parameters and the EMA: momentum and copies."""
+        """The tensors that an update changes and keeps, beside the parameters and the EMA: momentum and copies."""
         return [*self.momentum_buffers, *(copy.detach() for copy in self.copies.values())]
 
 

@@ -158,7 +158,7 @@ def test_odd_shapes(shape, dtype, device):
     check(shape, dtype, device, keep=shape[0] % 2 == 1)
 
 
-@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(FLOAT, marks=pytest.mark.thorough), BF16], ids=str)
 @pytest.mark.parametrize("shape", FORMS, ids=str)
 def test_forms_at_their_boundaries(shape, dtype, device):
     check(shape, dtype, device)

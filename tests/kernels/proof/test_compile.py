@@ -33,7 +33,14 @@ def compiled(name: str, arch: str) -> offline.CompiledCase:
     return offline.compile_case(CASES[name], arch)
 
 
-@pytest.mark.parametrize("arch", [arch for arch in offline.TARGETS if arch.startswith("sm_")])
+NVIDIAS = [
+    pytest.param(arch, marks=[] if arch == "sm_90" else pytest.mark.thorough)
+    for arch in offline.TARGETS
+    if arch.startswith("sm_")
+]
+
+
+@pytest.mark.parametrize("arch", NVIDIAS)
 @pytest.mark.parametrize("name", CASES)
 def test_machine_code_keeps_to_its_budget(name, arch):
     result = compiled(name, arch)
@@ -42,6 +49,7 @@ def test_machine_code_keeps_to_its_budget(name, arch):
         assert compile_report.programs_at_once(arch, launch.code) >= 1, f"{launch.kernel_name} cannot be launched"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CASES)
 def test_compiles_for_amd_without_spills(name):
     result = compiled(name, "gfx942")
