@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from rsengine.device import Execution
 from rsengine.kernels.jit.ema_table import capture_tables, keep_tables
 
-# The first runs set up what a capture may not: plans and workspaces of cuDNN and cuBLAS, kernels of Triton and Inductor.
-# PyTorch's notes ask for three.
+# The first runs set up what a capture may not: plans and workspaces of cuDNN and cuBLAS, kernels of Triton and
+# Inductor. PyTorch's notes ask for three.
 WARMUP_STEPS = 3
 
 
