@@ -118,6 +118,7 @@ def _save(ctx, inputs, output):
     logits, _, _, reduction, _ = inputs
     _, correct, gradient = output
     ctx.mark_non_differentiable(correct, gradient)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(gradient)
     ctx.remaining = _gradient_scales(logits, reduction)[1]
 
@@ -125,6 +126,8 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_loss, _grad_correct, _grad_gradient):
     if torch.is_grad_enabled():
         raise RuntimeError("label_smoothed_cross_entropy: Triton's has no second derivative; use impl='eager'")
+    if grad_loss is None:
+        return None, None, None, None, None
     (gradient,) = ctx.saved_tensors
     # A tracer's: the program it writes must not change what it saved. One that only watches gets the GPU's operator.
     if type(gradient) is not Tensor and not is_triton_assumed():
