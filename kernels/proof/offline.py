@@ -30,9 +30,10 @@ from ..jit.case import Budget, CompileCase
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 
 BUDGETS_OF = "3.8"  # the Triton that the budgets are of: the pinned one, which also wrote the report
-# Registers a thread that another Triton may take beyond a budget: 3.6 takes up to 7 more in the cross-entropy, 3.7 up
-# to 20 in the augmentation on sm_100. A GPU hands them out in steps of 8: three.
-OTHER_TRITON = 24
+# Registers a thread that another Triton may take beyond a budget: 3.6 takes up to 25 more in batch norm, 3.7 up to 20
+# in the augmentation on sm_100. A GPU hands them out in steps of 8: four. And bytes a thread that it may spill: 3.6
+# spills two registers in the block epilogue.
+OTHER_TRITON, OTHER_SPILLS = 32, 8
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -249,14 +250,16 @@ def tool_output(name: str, *arguments: str) -> str:
 def violations(code: MachineCode, budget: Budget | None) -> list[str]:
     """What is wrong with a kernel's machine code: spills always, and what breaks ``budget`` where there is one.
 
-    Budgets are exact for the Triton they are of; another may take ``OTHER_TRITON`` registers a thread more.
+    Budgets are exact for the Triton they are of; another may take ``OTHER_TRITON`` registers a thread more and spill
+    ``OTHER_SPILLS`` bytes.
     """
     found = []
-    if code.spilled or code.local:
+    is_other = not triton.__version__.startswith(f"{BUDGETS_OF}.")
+    if (code.spilled or code.local) and not (is_other and code.spilled <= OTHER_SPILLS):
         found.append(f"spills: expected none; got {code.spilled} bytes a thread, {code.local} local accesses")
     if budget is None:
         return found
-    margin = 0 if triton.__version__.startswith(f"{BUDGETS_OF}.") else OTHER_TRITON
+    margin = OTHER_TRITON if is_other else 0
     if code.registers > budget.registers + margin:
         allowed = f"{budget.registers} + {margin} (Triton {triton.__version__})" if margin else budget.registers
         found.append(f"registers: expected at most {allowed}; got {code.registers}")

@@ -53,7 +53,16 @@ def test_a_profilers_trace_has_the_stages_of_a_step_in_their_order():
         step(*batch)
     events = sorted((e for e in profiler.events() if e.is_user_annotation), key=lambda e: e.time_range.start)
     part = ["images", "network", "loss", "backward", "counters"]
-    assert [e.name for e in events] == ["counters", "images", "gradients", *part, *part, "update", "counters"]
+    assert [e.name for e in events] == [
+        "counters",
+        "images",
+        "gradients",
+        *part,
+        *part,
+        "update",
+        "counters",
+        "counters",
+    ]
 
 
 def test_images_are_resized_as_pillow_does():
