@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from rsengine.data.errors import DataError
 from rsengine.data.sources.archives import Blob
@@ -21,7 +22,15 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".ppm", "
 LARGEST_SIDE = 65535  # .beton files keep sides in 16 bits
 ORIENTATION = 0x0112  # the EXIF tag
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+JPEG_SIGNATURE = b"\xff\xd8\xff"
+# In the coded pixels of a JPEG, FF 00 stands for the byte FF, and FF D0 … D7 are marks to resume at.
+JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
+JPEG_END = 0xD9
+JPEG_BARE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a segment
 REMEDY = "repair or remove it"
+# Editors put megabytes of XMP and colour profiles into a PNG. Pillow takes one of them for an attack at its default of
+# a mebibyte, and all of them together at this.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 def decode_rgb(data: bytes, name: str) -> np.ndarray:
@@ -49,8 +58,8 @@ def decode_rgb(data: bytes, name: str) -> np.ndarray:
                 with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
                     picture.verify()  # checks the checksum of every chunk, which loading does not; for one use only
             with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                if picture.format == "JPEG" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
-                    # No end marker after the last scan: cut short, even where all pixels seem to be there.
+                if data.startswith(JPEG_SIGNATURE) and not _has_jpeg_end(data):
+                    # Cut short, even where all pixels seem to be there.
                     raise DataError(f"{name}: truncated JPEG; {REMEDY}")
                 picture.load()
                 pixels = _to_rgb(picture, name)
@@ -64,6 +73,20 @@ def decode_rgb(data: bytes, name: str) -> np.ndarray:
     if max(pixels.shape[:2]) > LARGEST_SIDE:
         raise DataError(f"{name}: {pixels.shape[1]}×{pixels.shape[0]} pixels is too large; scale it down or remove it")
     return pixels
+
+
+def _has_jpeg_end(data: bytes) -> bool:
+    """Whether the first picture in `data` has its end marker. What follows it is not looked at: phones append films."""
+    position = len(JPEG_SIGNATURE) - 1
+    while (marker := JPEG_MARKER.search(data, position)) is not None:
+        kind, position = marker[1][0], marker.end()
+        if kind == JPEG_END:
+            return True
+        if kind not in JPEG_BARE:
+            # A segment states its length, itself included; a thumbnail in it has an end marker of its own. Coded
+            # pixels follow the segment that starts a scan, and the search passes over them.
+            position += int.from_bytes(data[position : position + 2], "big")
+    return False
 
 
 def _to_rgb(picture: Image.Image, name: str) -> np.ndarray:
