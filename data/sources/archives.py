@@ -31,6 +31,17 @@ BLOCK = 1 << 20
 # compress; 60,000 tiny JPEGs in a tar, whose headers do, give a factor of seven.
 LARGEST_RATIO, LARGEST_SMALL = 100, 1 << 30
 MAGIC: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+# With --dereference alone, tar packs a file that is met a second time as a hard link to the first.
+_PACK_FILES = "which is not unpacked; pack the files themselves: tar --dereference --hard-dereference"
+_LEAVE_OUT = "not a file; pack the folder without it"
+_NOT_UNPACKED = {
+    tarfile.SYMTYPE: f"a link, {_PACK_FILES}",
+    tarfile.LNKTYPE: f"a hard link, {_PACK_FILES}",
+    tarfile.CHRTYPE: f"a device, {_LEAVE_OUT}",
+    tarfile.BLKTYPE: f"a device, {_LEAVE_OUT}",
+    tarfile.FIFOTYPE: f"a named pipe, {_LEAVE_OUT}",
+}
+_OTHER = "of a kind that is not unpacked, such as a sparse file; pack the folder without tar --sparse"
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, gzip.BadGzipFile)
 
 
@@ -159,10 +170,7 @@ def _unpack_tar(path: Path, spool: Spool, limit: int, start: bytes) -> tuple[dic
                     # A name that comes twice means the later one, as in tar itself.
                     files[name] = _append(path, spool, content, member.name, member.size)
                 else:
-                    raise DataError(
-                        f"{path}: {member.name} is a link, a device or a sparse file, which are not unpacked; "
-                        "pack the plain files (tar --dereference)"
-                    )
+                    raise DataError(f"{path}: {member.name} is {_NOT_UNPACKED.get(member.type, _OTHER)}")
             end = tar.offset
         # tarfile takes a missing end marker, and a header it cannot read, for the end. So read on, which also verifies
         # the checksum of the compression, and insist on a block of zeros there and nothing behind it.

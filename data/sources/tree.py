@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from rsengine.data.errors import DataError
 from rsengine.data.sources.archives import Blob, Spool, file_digest, is_archive, unpack
 
+SPECIAL = {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 IGNORED = frozenset({"thumbs.db", "desktop.ini", "__macosx"})  # what Windows and macOS leave behind
 
 
@@ -81,8 +83,9 @@ def open_tree(source: Path, scratch: Path) -> Tree:
     if not source.exists():
         raise DataError(f"{source}: no such file or folder; check the path")
     if source.is_dir():
-        files, folders = _walk(source)
-        return _visible(source, "folder", files, folders)
+        files, folders = walk(source)
+        blobs = {name: Blob(path) for name, path in files.items()}
+        return _visible(source, "folder", blobs, folders)
     if not source.is_file():
         raise DataError(f"{source}: neither a file nor a folder; give an archive or a folder")
     if not is_archive(source):
@@ -97,20 +100,27 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part.lower() in IGNORED for part in name.split("/"))
 
 
-def _walk(root: Path) -> tuple[dict[str, Blob], set[str]]:
-    files: dict[str, Blob] = {}
+def walk(root: Path) -> tuple[dict[str, str], set[str]]:
+    """What a conversion of the folder `root` reads. Links are followed, since people link classes together.
+
+    Returns:
+        relative name -> path of the files, and the relative names of the folders, without those that are hidden.
+
+    Raises:
+        DataError: a folder that cannot be read; a link to a folder above; a pipe, a socket or a device.
+    """
+    files: dict[str, str] = {}
     folders: set[str] = set()
 
     def fail(error: OSError) -> None:
         raise DataError(f"{error.filename}: {error.strerror}; check its permissions") from error
 
     ancestors: dict[str, set[tuple[int, int]]] = {str(root): set()}
-    # Links are followed, since people link classes together; but not a link to a folder above: that would never end.
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
         status = os.stat(folder)
         above = ancestors.pop(folder)
         here = (status.st_dev, status.st_ino)
-        if here in above:
+        if here in above:  # following it would never end
             raise DataError(f"{folder}: a link to a folder that contains it; remove the link")
         subfolders[:] = [name for name in subfolders if not is_hidden(name)]
         for name in subfolders:
@@ -120,8 +130,20 @@ def _walk(root: Path) -> tuple[dict[str, Blob], set[str]]:
         if prefix:
             folders.add(relative)
         for name in names:
-            files[prefix + name] = Blob(os.path.join(folder, name))
+            if not is_hidden(name):
+                files[prefix + name] = path = os.path.join(folder, name)
+                _refuse_special(path)
     return files, folders
+
+
+def _refuse_special(path: str) -> None:
+    """Raise DataError for what is no file: reading a pipe would wait for ever, and a device may have no end."""
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    except OSError:
+        return  # a link that leads nowhere: whoever reads the file says so
+    if kind in SPECIAL:
+        raise DataError(f"{path}: a {SPECIAL[kind]}, not a file; remove it")
 
 
 def _visible(root: Path, kind: str, files: dict[str, Blob], folders: set[str]) -> Tree:

@@ -121,18 +121,18 @@ def test_names_that_leave_the_folder(tmp_path, name, kind):
 
 
 @pytest.mark.parametrize(
-    "info",
+    ("info", "words"),
     [
-        member("train/cat/1.png", tarfile.SYMTYPE, "/etc/passwd"),
-        member("train/cat/1.png", tarfile.LNKTYPE, "../../secret"),
-        member("train/cat/1.png", tarfile.CHRTYPE),
-        member("train/cat/1.png", tarfile.BLKTYPE),
-        member("train/cat/1.png", tarfile.FIFOTYPE),
+        (member("train/cat/1.png", tarfile.SYMTYPE, "/etc/passwd"), "a link.*--hard-dereference"),
+        (member("train/cat/1.png", tarfile.LNKTYPE, "../../secret"), "a hard link.*--hard-dereference"),
+        (member("train/cat/1.png", tarfile.CHRTYPE), "a device.*without it"),
+        (member("train/cat/1.png", tarfile.BLKTYPE), "a device.*without it"),
+        (member("train/cat/1.png", tarfile.FIFOTYPE), "a named pipe.*without it"),
     ],
     ids=["symlink", "hard link", "character device", "block device", "pipe"],
 )
-def test_links_and_devices_in_a_tar(tmp_path, info):
-    with pytest.raises(DataError, match="1.png is a link, a device"):
+def test_links_and_devices_in_a_tar(tmp_path, info, words):
+    with pytest.raises(DataError, match=f"1.png is {words}"):
         convert(write_tar(tmp_path / "evil.tar.gz", info), tmp_path / "out")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import pickle
+import stat
 import subprocess
 import sys
 import tarfile
@@ -211,6 +212,36 @@ def loop_of_links(tmp: Path) -> Path:
     return folder
 
 
+def named_pipe(tmp: Path) -> Path:
+    folder = pets(tmp)
+    os.mkfifo(folder / "train" / "cat" / "pipe.png")
+    return folder
+
+
+def socket_in_class_folder(tmp: Path) -> Path:
+    folder = pets(tmp)
+    os.mknod(folder / "test" / "dog" / "socket", 0o600 | stat.S_IFSOCK)
+    return folder
+
+
+def link_to_a_device(tmp: Path) -> Path:
+    folder = pets(tmp)
+    (folder / "test" / "dog" / "endless.png").symlink_to("/dev/zero")
+    return folder
+
+
+def pipe_as_parquet(tmp: Path) -> Path:
+    (tmp / "hub").mkdir()
+    os.mkfifo(tmp / "hub" / "train.parquet")
+    return tmp / "hub"
+
+
+def hard_link_in_tar(tmp: Path) -> Path:
+    folder = pets(tmp)
+    os.link(folder / "train" / "cat" / "000.png", folder / "train" / "cat" / "same.png")
+    return tar(tmp / "links.tar", folder, mode="w")
+
+
 CASES: list[tuple[Callable[[Path], Path], list[str]]] = [
     (missing, ["nowhere.tar.gz", "no such", "check the path"]),
     (truncated_gz, ["cut.tar.gz", "truncated", "download or copy it again"]),
@@ -243,6 +274,11 @@ CASES: list[tuple[Callable[[Path], Path], list[str]]] = [
     (parquet_null_label, ["train.parquet", "row 1", "None", "remove the row"]),
     (parquet_without_train, ["hub", "no train"]),
     (loop_of_links, ["again", "link", "remove"]),
+    (named_pipe, ["train/cat/pipe.png", "named pipe", "remove it"]),
+    (socket_in_class_folder, ["test/dog/socket", "a socket", "remove it"]),
+    (link_to_a_device, ["test/dog/endless.png", "a device", "remove it"]),
+    (pipe_as_parquet, ["hub/train.parquet", "named pipe", "remove it"]),
+    (hard_link_in_tar, ["links.tar", "train/cat/", "hard link", "--hard-dereference"]),
 ]
 
 
