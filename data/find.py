@@ -20,9 +20,11 @@ from rsengine.data.errors import DataError
 from rsengine.data.sources.archives import file_digest
 from rsengine.data.sources.official import BY_ARCHIVE, FOLDERS
 from rsengine.data.sources.open import DIGITS, source_name
+from rsengine.data.sources.tree import walk
 
 VARIABLE = "RSENGINE_DATA"
 LOCAL_FOLDER = "data"
+READING = 2  # counts the changes in what a conversion makes of a source: what was made before is not taken for it
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"  # where torchvision gets it too
 PROBE_SECONDS, DOWNLOAD_SECONDS = 4.0, 30.0  # without an answer; a download as a whole may take longer
 
@@ -95,15 +97,25 @@ def known_in(folder: Path) -> Path | None:
 
 
 def fingerprint(source: str | Path) -> str:
-    """64 hexadecimal digits that change when the source does. Names, sizes and modification times are compared, not
-    contents, which is fast. Raises OSError."""
-    entries: list[tuple[str, int, int]] = []
+    """64 hexadecimal digits that change when the source does, or the way it is read.
+
+    Names, sizes and times of the files that a conversion would read are compared, through links as there. Not their
+    contents, which would take long; but the time of the last change to a file, which no copy sets back as it may the
+    time of modification, and which differs where a link leads elsewhere.
+
+    Raises:
+        OSError: a file that cannot be looked at.
+        DataError: what a conversion would refuse, see :func:`rsengine.data.sources.tree.walk`.
+    """
+    entries: list[tuple[str, int, int, int]] = []
+    folders: set[str] = set()
     if source != DIGITS:
         path = Path(source).resolve()
-        for each in (path, *sorted(path.rglob("*"))):
-            status = each.stat() if each.exists() else each.lstat()  # a link that leads nowhere
-            entries.append((str(each), status.st_size, status.st_mtime_ns))
-    text = json.dumps([FORMAT_VERSION, entries])
+        files, folders = walk(path) if path.is_dir() else ({path.name: str(path)}, folders)
+        for each in sorted(files.values()):
+            status = os.stat(each) if os.path.exists(each) else os.lstat(each)  # a link that leads nowhere
+            entries.append((each, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    text = json.dumps([FORMAT_VERSION, READING, sorted(folders), entries])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

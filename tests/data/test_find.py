@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,62 @@ def test_a_source_is_converted_once(tmp_path, pets, said, monkeypatch):
     os.utime(pets / "train" / "cat" / "000.png", ns=(1, 1))
     second = find_dataset(pets, log=said.append)  # the source has changed
     assert second.folder != first.folder
+
+
+def replace_a_picture(pets: Path, elsewhere: Path) -> None:
+    """Another picture of the same size in bytes, with the old one's time of modification, as rsync leaves it."""
+    picture = elsewhere / "000.png"
+    status, data = picture.stat(), bytearray(picture.read_bytes())
+    data[-1] ^= 1
+    (elsewhere / "new.tmp").write_bytes(data)
+    os.utime(elsewhere / "new.tmp", ns=(status.st_atime_ns, status.st_mtime_ns))
+    (elsewhere / "new.tmp").replace(picture)
+
+
+def add_a_picture(pets: Path, elsewhere: Path) -> None:
+    shutil.copy2(elsewhere / "000.png", elsewhere / "new.png")
+
+
+def lead_a_link_elsewhere(pets: Path, elsewhere: Path) -> None:
+    copy = pets.parent / "copy"
+    shutil.copytree(elsewhere, copy / "cat")
+    link = next(path for path in (pets, *pets.rglob("*")) if path.is_symlink())
+    link.unlink()
+    link.symlink_to(copy if link.name == "train" else copy / "cat", target_is_directory=True)
+
+
+@pytest.mark.parametrize("linked", ["train", "train/cat"])
+@pytest.mark.parametrize("change", [replace_a_picture, add_a_picture, lead_a_link_elsewhere])
+def test_a_change_behind_a_link_is_seen(tmp_path, pets, linked, change):
+    elsewhere = tmp_path / "elsewhere"
+    (pets / linked).rename(elsewhere)
+    (pets / linked).symlink_to(elsewhere, target_is_directory=True)
+    before = find.fingerprint(pets)
+    assert find.fingerprint(pets) == before
+    change(pets, elsewhere / "cat" if linked == "train" else elsewhere)
+    assert find.fingerprint(pets) != before
+
+
+def test_a_picture_behind_a_link_of_its_own_is_seen(tmp_path, pets):
+    picture = pets / "test" / "dog" / "003.png"
+    picture.rename(tmp_path / "kept.png")
+    picture.symlink_to(tmp_path / "kept.png")
+    before = find.fingerprint(pets)
+    (tmp_path / "kept.png").write_bytes(b"other")
+    assert find.fingerprint(pets) != before
+
+
+def test_what_a_conversion_does_not_read_does_not_count(pets):
+    before = find.fingerprint(pets)
+    (pets / "train" / "cat" / ".DS_Store").write_bytes(b"junk")
+    (pets / ".cache").mkdir()
+    assert find.fingerprint(pets) == before
+
+
+def test_a_circle_of_links_ends_in_one_line(pets, said):
+    (pets / "train" / "cat" / "again").symlink_to(pets)
+    with pytest.raises(DataError, match="again: a link to a folder that contains it; remove the link"):
+        find_dataset(pets, log=said.append)
 
 
 def test_a_damaged_cache_is_converted_again_and_said(pets, said):
