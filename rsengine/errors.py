@@ -16,6 +16,13 @@ class LoaderError(UserError):
     """The data pipeline failed."""
 
 
+def smaller_batch(most: int) -> str:
+    """The remedy where a batch may have ``most`` images: the largest power of two, which the recipes use too."""
+    if most < 2:
+        return "give more images"  # batch norm needs two in a batch
+    return f"add --set train.batch_size={1 << (most.bit_length() - 1)}"
+
+
 def run_command(run: Callable[[], int]) -> int:
     """Run a command and return its exit status.
 

@@ -269,7 +269,11 @@ REFUSALS = [
     (["--recipe", "quikstart"], "did you mean quickstart?"),
     (["--set", "train.epochz=3"], "did you mean train.epochs?"),
     (["--set", "schedule.warmup_epochs=3"], "warmup_epochs: expected fewer than the run's 3 epochs"),
-    (["--set", "train.batch_size=200"], "150 images do not fill one batch of 200"),
+    (["--set", "train.batch_size=200"], "150 images do not fill one batch of 200; add --set train.batch_size=128"),
+    (
+        ["--set", "train.loader=resident", "--set", "train.batch_size=200"],
+        "150 images do not fill 1 batches of 200; add --set train.batch_size=128",
+    ),
     (["--resume", "--out", "nowhere"], "no checkpoint there; start the run without --resume"),
     (["--data", "nowhere"], "nowhere"),
 ]

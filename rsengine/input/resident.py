@@ -26,7 +26,7 @@ from rsengine.config import Recipe
 from rsengine.data import Dataset
 from rsengine.data.beton.reader import MODE_RAW, BetonReader
 from rsengine.device import Execution
-from rsengine.errors import SettingsError
+from rsengine.errors import SettingsError, smaller_batch
 from rsengine.model.preprocess import Preprocess
 
 ORDER_LIMIT = 2**29  # bytes of the table of orders: 2,684 epochs of CIFAR's 50,000 images
@@ -165,7 +165,7 @@ def order_bytes(count: int, batch_size: int, epochs: int, steps_per_epoch: int) 
     if not 1 <= steps_per_epoch <= count // batch_size:
         raise SettingsError(
             f"train.batch_size: {count} images do not fill {max(steps_per_epoch, 1)} batches of {batch_size}; "
-            "use a smaller batch"
+            f"{smaller_batch(count // max(steps_per_epoch, 1))}"
         )
     size = 4 * epochs * steps_per_epoch * batch_size
     if size > ORDER_LIMIT:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rsengine.augment import SeededOperation
 from rsengine.device import preserved_threads
-from rsengine.errors import LoaderError
+from rsengine.errors import LoaderError, smaller_batch
 
 with preserved_threads():
     import ffcv  # noqa: F401  (first: ffcv.loader cannot be imported by itself)
@@ -66,9 +66,8 @@ class BetonLoader:
                 },
             )
         if len(self) == 0:
-            raise LoaderError(
-                f"{path}: {self._order.count} images do not fill one batch of {batch_size}; use a smaller batch"
-            )
+            count = self._order.count
+            raise LoaderError(f"{path}: {count} images do not fill one batch of {batch_size}; {smaller_batch(count)}")
 
     def __len__(self) -> int:
         """Batches in an epoch."""
