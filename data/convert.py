@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rsengine.data.beton.scan import Scan, scan
+from rsengine.data.beton.scan import Scan, refuse_bad, scan
 from rsengine.data.beton.writer import IMAGE_FORMATS, Job, write_betons
 from rsengine.data.dataset import BETONS, DESCRIPTION, Dataset, load_dataset
-from rsengine.data.errors import DataError
+from rsengine.data.errors import DataError, few
 from rsengine.data.sources.base import Source, with_validation
 from rsengine.data.sources.open import open_source
 from rsengine.data.sources.tree import digest_of_list
@@ -93,6 +93,7 @@ def convert(
                 name: scan(split, workers=workers, progress=progress, description=f"check {name}")
                 for name, split in splits.items()
             }
+            refuse_bad(scans.values())
             jobs = [Job(folder / BETONS[name], split, scans[name]) for name, split in splits.items()]
             write_betons(jobs, scratch, image_format=image_format, workers=workers, progress=progress)
             for left in scratch.iterdir():
@@ -129,14 +130,17 @@ def _check(source: Source, given: str | Path) -> None:
         raise DataError(f"{given}: at least two classes are needed, found {len(source.classes)}; give more data")
     for name, split in (("train", source.train), ("test", source.test)):
         counts = np.bincount(split.labels, minlength=len(source.classes))
-        if len(empty := np.flatnonzero(counts == 0)):
-            raise DataError(
-                f"{given}: class {source.classes[empty[0]]} has no images in {name}; add some, or take the class out"
-            )
+        if empty := [source.classes[label] for label in np.flatnonzero(counts == 0)]:
+            which = f"class {empty[0]} has" if len(empty) == 1 else f"classes {few(empty)} have"
+            raise DataError(f"{given}: {which} no images in {name}; add some, or take out what has none")
 
 
 def _describe(
-    folder: Path, source: Source, scans: dict[str, Scan], image_format: str, options: dict[str, object]
+    folder: Path,
+    source: Source,
+    scans: dict[str, Scan],
+    image_format: str,
+    options: dict[str, object],
 ) -> Dataset:
     mean, std = scans["train"].mean_and_std()
     sizes = {each.image_size() for each in scans.values()}

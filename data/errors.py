@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+NAMED = 5  # names in one message
+
 
 class UserError(Exception):
     """An error that the user can correct. The message is one line with the remedy; a command prints it as it is.
@@ -19,3 +23,10 @@ class DataError(UserError):
     def __init__(self, message: str) -> None:
         # Messages of other libraries end up in ours and may hold line breaks; file names may hold them too.
         super().__init__(" ".join(str(message).splitlines()).strip())
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names, and how many more there are: all that is wrong belongs into one message, or a user with a
+    hundred bad files tries a hundred times."""
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more:,} more" if more > 0 else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rsengine.data.beton.processes import fork_context, start_worker
-from rsengine.data.errors import DataError
+from rsengine.data.errors import DataError, few
 from rsengine.data.sources.images import ArraySplit, Split
 
 CHUNK = 32  # samples in a task; after an error or Ctrl-C, tasks that have begun are completed
@@ -34,6 +34,7 @@ class Scan:
         pixels: number of pixels.
         sums, squares: (3,) Python integers, exact sums over all pixels of the channel values and of their squares.
         images: (N, height, width, 3) uint8, if the images were encoded, share one size and are few enough; else None.
+        bad: name and error of each sample that cannot be decoded; its measurements are zeros.
     """
 
     heights: np.ndarray
@@ -45,6 +46,7 @@ class Scan:
     sums: np.ndarray
     squares: np.ndarray
     images: np.ndarray | None = None
+    bad: tuple[tuple[str, DataError], ...] = ()
 
     def mean_and_std(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
         """Per-channel mean and population standard deviation, white being 1.
@@ -70,8 +72,10 @@ class Scan:
 def scan(split: Split, *, workers: int, progress: bool, description: str) -> Scan:
     """Decode all samples of `split` in `workers` processes; memory stays bounded by a few images a process.
 
+    Samples that cannot be decoded are no error yet, see :func:`refuse_bad`.
+
     Raises:
-        DataError: the first sample, in order, that cannot be decoded; or a worker that died.
+        DataError: a worker that died.
     """
     ranges = [(start, min(start + CHUNK, len(split))) for start in range(0, len(split), CHUNK)]
     with tqdm(total=len(split), desc=description, unit="img", leave=False, disable=None if progress else True) as bar:
@@ -92,7 +96,19 @@ def scan(split: Split, *, workers: int, progress: bool, description: str) -> Sca
         sums=sum(part.sums for part in parts),
         squares=sum(part.squares for part in parts),
         images=_joined([part.images for part in parts]),
+        bad=tuple(each for part in parts for each in part.bad),
     )
+
+
+def refuse_bad(scans: Iterable[Scan]) -> None:
+    """Raise one DataError that names the samples of all splits that cannot be decoded, if there are any."""
+    bad = [each for one in scans for each in one.bad]
+    if not bad:
+        return
+    error, others = bad[0][1], [name for name, _ in bad[1:]]
+    if not others:
+        raise error
+    raise DataError(f"{error}; {len(others):,} more cannot be used either: {few(others)}") from error
 
 
 def _scans(split: Split, ranges: list[tuple[int, int]], workers: int) -> Iterator[Scan]:
@@ -119,8 +135,14 @@ def scan_part(split: Split) -> Scan:
     digests, pixels, images = [], 0, []
     keep = not _is_ready(split)
     sums, squares = np.zeros(3, object), np.zeros(3, object)
+    bad = []
     for index in range(count):
-        image, digest = split.load(index)
+        try:
+            image, digest = split.load(index)
+        except DataError as error:
+            bad.append((split.name(index), error))
+            keep = False
+            continue
         image = np.ascontiguousarray(image)
         heights[index], widths[index] = image.shape[:2]
         checksums[index] = zlib.crc32(image)
@@ -149,6 +171,7 @@ def scan_part(split: Split) -> Scan:
         sums=sums,
         squares=squares,
         images=np.stack(images) if keep else None,
+        bad=tuple(bad),
     )
 
 

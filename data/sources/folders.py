@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from rsengine.data.errors import DataError
+from rsengine.data.errors import DataError, few
 from rsengine.data.sources.base import Source, set_aside
 from rsengine.data.sources.images import SUFFIXES, EncodedSplit, Split
 from rsengine.data.sources.tree import Tree
@@ -87,7 +87,10 @@ def _collect(tree: Tree, folder: str, log: Callable[[str], None]) -> tuple[tuple
     beside, folders = tree.children(folder)
     stray = [name for name in beside if _is_picture(name)]
     if stray:
-        raise DataError(f"{tree.where(stray[0])}: lies outside the class folders; move it into one or remove it")
+        others = f", and so do {few(stray[1:])}" if len(stray) > 1 else ""
+        raise DataError(
+            f"{tree.where(stray[0])}: lies outside the class folders{others}; move it into one or remove it"
+        )
     if beside:
         log(f"{tree.where(beside[0])}: ignored, with {len(beside) - 1} other files beside the class folders")
     if len(folders) < 2:
@@ -102,9 +105,9 @@ def _collect(tree: Tree, folder: str, log: Callable[[str], None]) -> tuple[tuple
             names.append(name)
             labels.append(label)
     counts = np.bincount(np.array(labels, np.int64), minlength=len(folders))
-    for each, count in zip(folders, counts, strict=True):
-        if count == 0:
-            raise DataError(f"{tree.where(each)}: empty class folder; add images or remove it")
+    if empty := [each for each, count in zip(folders, counts, strict=True) if count == 0]:
+        others = f", and so are {few(empty[1:])}" if len(empty) > 1 else ""
+        raise DataError(f"{tree.where(empty[0])}: empty class folder{others}; add images or remove it")
     # Sorted by class and then by path, whatever the file system or the archive made of it.
     order = sorted(range(len(names)), key=lambda i: (labels[i], names[i]))
     classes = tuple(PurePosixPath(each).name for each in folders)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from rsengine.data import DataError
+from rsengine.data import DataError, convert
+from rsengine.data.errors import NAMED, few
 from rsengine.data.sources.images import decode_rgb
-from tests.data.data_builders import jpeg, pixels
+from tests.data.data_builders import class_folders, jpeg, pixels
 
 TRAILERS = {
     "scan marker": b"\x00\x00\x00\x18ftypmp42" + b"\xff\xda" * 9,
@@ -56,3 +57,45 @@ def test_a_png_may_hold_megabytes_beside_its_pixels(what):
         text = (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
         data = data[:-12] + text + data[-12:]
     np.testing.assert_array_equal(decode_rgb(data, "edited.png"), image)
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_all_files_that_are_no_pictures_are_named_at_once(tmp_path, count):
+    class_folders(tmp_path / "pets", each=20)
+    bad = [f"{('train', 'test')[number % 2]}/dog/note{number}.txt" for number in range(count)]
+    for name in bad:
+        (tmp_path / "pets" / name).write_text("woof")
+    with pytest.raises(DataError) as caught:
+        convert(tmp_path / "pets", tmp_path / "out", log=lambda line: None)
+    message = str(caught.value)
+    assert "\n" not in message and "not an image" in message and "remove it" in message
+    assert message.count(".txt") == min(count, 1 + NAMED)
+    assert count > NAMED or all(name in message for name in bad)
+    assert count == 1 or f"{count - 1} more cannot be used" in message
+    assert count <= 1 + NAMED or f"and {count - 1 - NAMED} more" in message
+
+
+def test_damaged_pictures_and_texts_are_named_together(tmp_path, monkeypatch):
+    monkeypatch.setattr("rsengine.data.beton.scan.CHUNK", 2)
+    class_folders(tmp_path / "pets")
+    (tmp_path / "pets" / "train" / "cat" / "a.jpg").write_bytes(jpeg(pixels(1, 0)[0])[:-40])
+    (tmp_path / "pets" / "train" / "eel" / "b").write_bytes(b"")
+    (tmp_path / "pets" / "test" / "cat" / "c.txt").write_text("meow")
+    with pytest.raises(DataError, match=r"a.jpg: truncated.*2 more cannot be used either: .*eel/b, .*c.txt$"):
+        convert(tmp_path / "pets", tmp_path / "out", log=lambda line: None)
+
+
+def test_all_empty_classes_and_all_stray_pictures_are_named(tmp_path):
+    class_folders(tmp_path / "pets")
+    for name in ("fox", "gnu"):
+        (tmp_path / "pets" / "train" / name).mkdir()
+    with pytest.raises(DataError, match="train/fox: empty class folder, and so are train/gnu; add"):
+        convert(tmp_path / "pets", tmp_path / "out")
+    for name in ("1.png", "2.png"):
+        (tmp_path / "pets" / "train" / name).write_bytes(jpeg(pixels(1, 0)[0]))
+    with pytest.raises(DataError, match="1.png: lies outside the class folders, and so do train/2.png; move"):
+        convert(tmp_path / "pets", tmp_path / "out")
+
+
+def test_few():
+    assert few(["a"]) == "a" and few(list("abcde")) == "a, b, c, d, e" and few(list("abcdefg")).endswith("e and 2 more")
