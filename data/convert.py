@@ -30,6 +30,7 @@ from rsengine.data.sources.tree import digest_of_list
 from rsengine.data.staging import staged_folder
 
 PACKAGES = ("rsengine", "ffcv", "numpy", "pillow")
+CHANNELS = ("red", "green", "blue")
 LARGEST_SIZE = 4096
 
 
@@ -101,7 +102,7 @@ def convert(
             scratch.rmdir()
             options = {"size": size, "verify": verify, "test_fraction": test_fraction}
             options |= {"validation": validation, "seed": seed}
-            dataset = _describe(folder, opened, scans, image_format, options)
+            dataset = _describe(folder, opened, scans, image_format, options, log)
             # Written last, because this file makes the folder a data set.
             (folder / DESCRIPTION).write_text(dataset.to_json(), encoding="utf-8")
     except OSError as error:
@@ -141,8 +142,15 @@ def _describe(
     scans: dict[str, Scan],
     image_format: str,
     options: dict[str, object],
+    log: Callable[[str], None],
 ) -> Dataset:
     mean, std = scans["train"].mean_and_std()
+    if flat := [channel for channel, value in zip(CHANNELS, std, strict=True) if value == 0]:
+        log(
+            f"{source.name}: {' and '.join(flat)} {'is' if len(flat) == 1 else 'are'} the same in all pixels of train, "
+            "so the standard deviation there counts as 1"
+        )
+        std = tuple(value or 1.0 for value in std)  # inputs are divided by it
     sizes = {each.image_size() for each in scans.values()}
     counts = {
         name: tuple(int(n) for n in np.bincount(split.labels, minlength=len(source.classes)))

@@ -31,7 +31,7 @@ class Dataset:
         class_counts: for "train" and "test", the samples of each class, in the order of `classes`.
         image_size: (height, width) in pixels, None when the images differ in size.
         mean, std: per channel (red, green, blue) over all pixels of train, in units where white is 1; the standard
-            deviation is that of the population.
+            deviation is that of the population, and 1 for a channel whose pixels are all the same.
         checksum: sha256 of the source: of the archive or file itself, or for a folder of the text
             "<sha256>  <relative path>\\n" over its files sorted by path (what `sha256sum` prints).
         source: a description of its source.
@@ -141,7 +141,7 @@ def _from_content(folder: Path, content: dict[str, Any]) -> Dataset:
         class_counts=class_counts,
         image_size=None if size is None else (int(size[0]), int(size[1])),
         mean=_three(content["mean"]),
-        std=_three(content["std"]),
+        std=_three([value or 1.0 for value in content["std"]]),  # older conversions wrote the 0 of a flat channel
         checksum=str(content["checksum"]),
         source=str(content["source"]),
         image_format=str(content["image_format"]),

@@ -12,11 +12,12 @@ class Preprocess:
     """``(pixels / 255 - mean) / std`` per channel.
 
     Args:
-        mean, std: three numbers each, in units of 0 to 1.
+        mean, std: three numbers each, in units of 0 to 1. A std of 0, that of a channel without spread in weights
+            saved by an older version, counts as 1.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu") -> None:
-        deviation = torch.tensor(std, dtype=torch.float64)
+        deviation = torch.tensor([value or 1.0 for value in std], dtype=torch.float64)
         self.scale = (1 / (255 * deviation)).float().to(device)
         self.shift = (-torch.tensor(mean, dtype=torch.float64) / deviation).float().to(device)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from rsengine.data import DataError, convert
+from rsengine.data import DataError, convert, load_dataset
 from rsengine.data.errors import NAMED, few
 from rsengine.data.sources.images import decode_rgb
 from tests.data.data_builders import class_folders, jpeg, pixels
@@ -99,3 +101,22 @@ def test_all_empty_classes_and_all_stray_pictures_are_named(tmp_path):
 
 def test_few():
     assert few(["a"]) == "a" and few(list("abcde")) == "a, b, c, d, e" and few(list("abcdefg")).endswith("e and 2 more")
+
+
+def test_a_channel_without_spread_counts_as_one_and_is_said(tmp_path):
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            image = pixels(1, len(split) + ord(label))[0]
+            image[..., 1] = 7
+            (tmp_path / "flat" / split / label).mkdir(parents=True)
+            Image.fromarray(image).save(tmp_path / "flat" / split / label / "1.png")
+    said: list[str] = []
+    dataset = convert(tmp_path / "flat", tmp_path / "out", log=said.append)
+    assert dataset.std[1] == 1.0 and 0 < dataset.std[0] < 1 and dataset.mean[1] == 7 / 255
+    assert any("green is the same in all pixels" in line and "counts as 1" in line for line in said)
+    # A description that an older version wrote.
+    path = dataset.folder / "dataset.json"
+    content = json.loads(path.read_text())
+    content["std"][1] = 0.0
+    path.write_text(json.dumps(content))
+    assert load_dataset(dataset.folder) == replace(dataset, std=dataset.std)
