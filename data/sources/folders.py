@@ -9,11 +9,11 @@ import numpy as np
 
 from rsengine.data.errors import DataError, few
 from rsengine.data.sources.base import Source, set_aside
-from rsengine.data.sources.images import SUFFIXES, EncodedSplit, Split
+from rsengine.data.sources.folder_splits import find_splits, is_picture, refuse_splits_inside
+from rsengine.data.sources.images import EncodedSplit, Split
+from rsengine.data.sources.splits import TEST, TRAIN, VALIDATION, indistinct, placed
 from rsengine.data.sources.tree import Tree
 
-TRAIN = ("train", "training")
-TEST = ("test", "val", "valid", "validation", "testing")  # the first that has class folders is taken
 DEEPEST_WRAPPER = 4
 
 
@@ -27,7 +27,7 @@ def find_class_folders(tree: Tree) -> str | None:
         files, folders = tree.children(folder)
         if not folders:
             return None
-        alone = len(folders) == 1 and not _is_split(folders[0]) and not any(_is_picture(name) for name in files)
+        alone = len(folders) == 1 and not _is_split(folders[0]) and not any(is_picture(name) for name in files)
         if not (alone and tree.children(folders[0])[1]):
             return folder
         folder = folders[0]
@@ -45,19 +45,13 @@ def open_class_folders(
     Raises:
         DataError: a class without pictures, train and test with different classes, pictures outside class folders.
     """
-    _, folders = tree.children(folder)
-    by_name = {PurePosixPath(each).name.lower(): each for each in folders if _is_split(each)}
-    if not by_name:
+    by_split = find_splits(tree, folder, log)
+    if not by_split:
         classes, names, labels = _collect(tree, folder, log)
         return _split(tree, classes, names, labels, name, test_fraction, seed, log)
-    train = next((by_name[each] for each in TRAIN if each in by_name), None)
-    if train is None:
-        raise DataError(f"{tree.where(folder or '.')}: has {', '.join(sorted(by_name))} but no train; add train/")
-    stray = sorted(set(folders) - set(by_name.values()))
-    if stray:
-        log(f"{tree.where(folder or '.')}: taking train and test, ignoring {', '.join(stray)}")
+    train = by_split[TRAIN]
     classes, names, labels = _collect(tree, train, log)
-    candidates = [by_name[each] for each in TEST if each in by_name]
+    candidates = [by_split[each] for each in (TEST, VALIDATION) if each in by_split]
     usable = [each for each in candidates if tree.children(each)[1]]
     if not usable:
         if candidates:
@@ -75,17 +69,15 @@ def open_class_folders(
 
 
 def _is_split(folder: str) -> bool:
-    return PurePosixPath(folder).name.lower() in (*TRAIN, *TEST)
-
-
-def _is_picture(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in SUFFIXES
+    """Whether a folder is called nothing but train, test or the like."""
+    said = placed(PurePosixPath(folder).name)
+    return bool(said.split) and not said.rest
 
 
 def _collect(tree: Tree, folder: str, log: Callable[[str], None]) -> tuple[tuple[str, ...], list[str], np.ndarray]:
     """Class names, file names and labels below `folder`."""
     beside, folders = tree.children(folder)
-    stray = [name for name in beside if _is_picture(name)]
+    stray = [name for name in beside if is_picture(name)]
     if stray:
         others = f", and so do {few(stray[1:])}" if len(stray) > 1 else ""
         raise DataError(
@@ -104,6 +96,7 @@ def _collect(tree: Tree, folder: str, log: Callable[[str], None]) -> tuple[tuple
         if label is not None:
             names.append(name)
             labels.append(label)
+    refuse_splits_inside(tree, folder)
     counts = np.bincount(np.array(labels, np.int64), minlength=len(folders))
     if empty := [each for each, count in zip(folders, counts, strict=True) if count == 0]:
         others = f", and so are {few(empty[1:])}" if len(empty) > 1 else ""
@@ -124,6 +117,8 @@ def _split(
     seed: int,
     log: Callable[[str], None],
 ) -> Source:
+    if (pair := indistinct(names)) is not None:
+        log(f"{tree.root}: {pair[0]} and {pair[1]} are mixed; to keep them apart, move them into train/ and test/")
     train, test = set_aside(_encoded(tree, names, labels), names, test_fraction, seed, str(tree.root))
     log(
         f"{tree.root}: no test set, so {len(test)} of {len(labels)} images, {test_fraction:g} of every class, "

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
+import os
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from rsengine.data.errors import DataError
+from rsengine.data.errors import DataError, few
 from rsengine.data.sources.archives import Blob, Spool
 from rsengine.data.sources.base import Source, set_aside
 from rsengine.data.sources.images import EncodedSplit
+from rsengine.data.sources.splits import CANNOT_TELL, TRAIN, indistinct, placed
 from rsengine.data.sources.tree import Tree
 
 SUFFIX = ".parquet"
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label")
-SPLITS = {"train": r"train(ing)?", "test": r"test(ing)?", "validation": r"val(id|idation)?"}
 ROWS = 512  # rows in memory at a time
 
 
@@ -40,14 +40,13 @@ def open_parquet(
 ) -> Source:
     """Copy the encoded pictures out of Parquet files into a file in `scratch`; they are decoded later, one at a time.
 
-    A file belongs to the split its name, or the folder it is in, begins with: train, test or validation.
+    A file belongs to the split that its name says, or the folder it is in: train, test or validation.
 
     Raises:
-        DataError: pyarrow is not installed, damaged file, missing columns, rows without picture, labels out of range.
+        DataError: pyarrow is not installed, damaged file, missing columns, rows without picture, labels out of range,
+            files of which it cannot be told to which split they belong.
     """
-    groups: dict[str, list[str]] = {}
-    for each in names:
-        groups.setdefault(_split_of(each), []).append(each)
+    groups = _by_split(tree, names)
     parts: dict[str, EncodedSplit] = {}
     titles: list[tuple[str, ...] | None] = []
     with Spool(scratch / "spool-parquet") as spool:
@@ -59,11 +58,7 @@ def open_parquet(
             titles += [classes for _, classes in read]
             parts[split] = _joined([part for part, _ in read])
     if "train" not in parts:
-        if "" not in parts or len(parts) > 1:
-            raise DataError(f"{tree.root}: no train*.parquet among {', '.join(sorted(names)[:3])}; add or rename it")
         parts["train"] = parts.pop("")
-    elif "" in parts:
-        raise DataError(f"{tree.where(groups[''][0])}: name says neither train nor test; rename or remove it")
     if len(set(titles)) > 1:
         raise DataError(f"{tree.root}: the Parquet files name different classes; give files of one data set")
     train, test = parts["train"], parts.get("test", parts.get("validation"))
@@ -90,13 +85,33 @@ def open_parquet(
     return Source(name, f"Parquet, {tree.kind}", classes, train, test, tree.checksum(used))
 
 
-def _split_of(name: str) -> str:
-    parts = name.lower().split("/")
-    for part in (parts[-1], *reversed(parts[:-1])):
-        for split, pattern in SPLITS.items():
-            if re.match(rf"{pattern}($|[^a-z])", part):
-                return split
-    return ""
+def _by_split(tree: Tree, names: list[str]) -> dict[str, list[str]]:
+    """split -> its files, with a train among them; "" -> all of them where no name says a split."""
+    # Around all files, only a folder that is called nothing but `test` says anything about them.
+    folders = [PurePosixPath(each).parts[:-1] for each in names]
+    around = {part for part in os.path.commonprefix(folders) if placed(part).rest}
+    groups: dict[str, list[str]] = {}
+    rests: dict[str, set[str]] = {}
+    for each, parts in zip(names, folders, strict=True):
+        stem = PurePosixPath(each).stem
+        split = next((s for part in (stem, *reversed(parts)) if part not in around and (s := placed(part).split)), "")
+        groups.setdefault(split, []).append(each)
+        rests.setdefault(split, set()).add(placed(stem).rest if placed(stem).split else "")
+    if set(groups) == {""}:
+        if (pair := indistinct(names)) is not None:
+            raise DataError(f"{tree.root}: {pair[0]} and {pair[1]}: {CANNOT_TELL}; call them train and test")
+        return groups
+    if TRAIN not in groups:
+        raise DataError(f"{tree.root}: no train*.parquet among {few(sorted(names))}; add or rename it")
+    if "" in groups:
+        raise DataError(f"{tree.where(groups[''][0])}: name says neither train nor test; rename or remove it")
+    for split, found in rests.items():
+        if found.isdisjoint(rests[TRAIN]) and "" not in found | rests[TRAIN]:
+            raise DataError(
+                f"{tree.root}: {groups[TRAIN][0]} and {groups[split][0]} are named after different data sets; "
+                "name them alike or give one data set"
+            )
+    return groups
 
 
 def _read(tree: Tree, name: str, spool: Spool) -> tuple[EncodedSplit, tuple[str, ...] | None]:

@@ -1,0 +1,52 @@
+"""Tells from names which files and folders are for training and which for testing, and when that cannot be told.
+
+To take a test set for training data, or a class for a split, shows in no result but a wrong one. So a name counts only
+where the names beside it agree, and names that differ by such a word and cannot be placed are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+TRAIN, TEST, VALIDATION = "train", "test", "validation"
+WORDS = {TRAIN: "train(?:ing)?", TEST: "test(?:ing)?", VALIDATION: "val(?:id(?:ation)?)?"}
+CANNOT_TELL = "it cannot be told which is for training"
+# Words of their own: not in `contest` or `trains`, but in `cifar10train`, `train_set` and `trainset`.
+_WORD = re.compile(
+    "(?<![^\\W\\d_])(?:" + "|".join(f"(?P<{split}>{word})" for split, word in WORDS.items()) + ")(?:set)?(?![^\\W\\d_])"
+)
+# Anywhere, and more of them: whatever may tell two splits apart that are not recognised.
+_HINT = re.compile("|".join((*WORDS.values(), "eval(?:uation)?", "dev", "holdout")))
+_NUMBER = re.compile(r"\d+|of|(?=[a-f]*\d)[0-9a-f]{8,}")  # in train-00000-of-00002-a09b74b3
+
+
+class Placed(NamedTuple):
+    """What a name says: the split, "" for none, and the rest of the name without numbers of parts."""
+
+    split: str
+    rest: str
+
+
+def placed(name: str) -> Placed:
+    """What the name of a file (without its suffix) or folder says. One that says several splits says none."""
+    text = re.sub(r"(?<=[a-z\d])(?=[A-Z])", "_", name).lower()  # cifarTrain
+    splits = {word.lastgroup or "" for word in _WORD.finditer(text)}
+    if len(splits) != 1:
+        return Placed("", text)
+    words = re.findall(r"[^\W_]+", _WORD.sub(" ", text))
+    return Placed(splits.pop(), " ".join(word for word in words if not _NUMBER.fullmatch(word)))
+
+
+def indistinct(names: Iterable[str]) -> tuple[str, str] | None:
+    """Two names that differ by a word for a split, such as `mytrain` and `mytest`, if there are any."""
+    seen: dict[str, tuple[str, list[str]]] = {}
+    for name in names:
+        text = name.lower()
+        if not (hints := _HINT.findall(text)):
+            continue
+        first, others = seen.setdefault(re.sub(r"\d+", "", _HINT.sub("*", text)), (name, hints))
+        if others != hints:
+            return first, name
+    return None
