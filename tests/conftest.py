@@ -1,5 +1,7 @@
 """The small converted data set that tests of the loader and of whole runs share."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,3 +40,11 @@ def eager_ops() -> Iterator[None]:
     """PyTorch's operators throughout: a recorder of operators does not see the compiled passes."""
     with eager_only():
         yield
+
+
+@pytest.fixture
+def dead_pid() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid

@@ -4,43 +4,34 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
 import re
-import shlex
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from rsengine.cache import cache_folder
-from rsengine.processor import features
+from .build import SOURCES, BuildError, built
 
-SOURCES = [Path(__file__).with_name(name) for name in ("passes.c", "passes.h")]
-# No -ffast-math: NaN must stay NaN. Channels are added up side by side, which needs no reordering of sums.
-FLAGS = ["-std=c11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared"]
-COMPILERS = ("cc", "gcc", "clang")
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}  # of the functions, by the dtype of the maps
+MOST_THREADS = 1 << 12  # a pass has an array of them on its stack
 
 
 @functools.lru_cache(maxsize=1)
 def load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or ``None``; and a sentence on why. Compiles for about a second where the cache does not have it."""
-    compiler = shlex.split(os.environ.get("CC", "")) or [name for name in COMPILERS if shutil.which(name)][:1]
-    if not compiler:
-        return None, f"there is no C compiler ({', '.join(COMPILERS)}, or the environment variable CC)"
-    name = " ".join(compiler)
     try:
-        path = _compiled(compiler)
-        return ctypes.CDLL(str(path)), f"{name} has compiled the passes for this processor ({path})"
-    except subprocess.CalledProcessError as error:
-        return None, f"{name} does not compile the passes: {_first_error(error.stderr)}"
+        with built() as (path, reason):
+            library = ctypes.CDLL(str(path))
+    except BuildError as error:
+        return None, str(error)
     except OSError as error:
         return None, f"the compiled passes cannot be kept or loaded: {error}"
+    missing = [
+        f"{name}_{end}" for name in _signatures() for end in SUFFIXES.values() if not hasattr(library, f"{name}_{end}")
+    ]
+    if missing:
+        return None, f"what the compiler made has no function {missing[0]}"
+    return library, reason
 
 
 def call(name: str, first: Tensor, *others: Tensor | int) -> None:
@@ -48,10 +39,18 @@ def call(name: str, first: Tensor, *others: Tensor | int) -> None:
 
     Raises:
         TypeError: a tensor is not what the function reads or writes at its address.
-        ValueError: the number of arguments is not the function's.
+        ValueError: the number of arguments is not the function's, or a number is none it can have.
     """
-    arguments = zip(_signatures()[name], (first, *others), strict=True)
-    converted = [_converted(parameter, kind, value, first) for (parameter, kind), value in arguments]
+    signature = _signatures()[name]
+    arguments = list(zip(signature, (first, *others), strict=True))
+    if not isinstance(first, Tensor) or first.dtype not in SUFFIXES:
+        raise TypeError(f"{signature[0][0]}: expected a map of float32 or bfloat16; got {_description(first)}")
+    numbers = {parameter: value for (parameter, kind), value in arguments if kind == "int64_t"}
+    for parameter, value in numbers.items():
+        most = {"threads": MOST_THREADS, "relu": 1}.get(parameter, 2**62)
+        if type(value) is not int or not (parameter != "relu") <= value <= most:
+            raise ValueError(f"{parameter}: expected a whole number of at most {most}; got {value!r}")
+    converted = [_converted(name, parameter, kind, value, first, numbers) for (parameter, kind), value in arguments]
     getattr(load()[0], f"{name}_{SUFFIXES[first.dtype]}")(*converted)
 
 
@@ -66,38 +65,52 @@ def _signatures() -> dict[str, list[tuple[str, str]]]:
     }
 
 
-def _converted(name: str, kind: str, value: Tensor | int, first: Tensor) -> ctypes.c_void_p | ctypes.c_int64:
+def _images_and_channels(n: dict[str, int]) -> int:
+    return n["images"] * n["channels"]
+
+
+# How many numbers a function touches at an address, where it is not one for each channel.
+SIZES: dict[str, dict[str, Callable[[dict[str, int]], int]]] = {
+    "statistics": {
+        "sums": lambda n: -(-n["rows"] // n["segment"]) * n["channels"],
+        "scratch": lambda n: n["threads"] * 4 * n["channels"],
+    },
+    "affine_sums": {"scratch": lambda n: n["threads"] * 2 * n["channels"]},
+    "epilogue": {"scale": _images_and_channels, "shift": _images_and_channels},
+    "epilogue_sums": {"sum": _images_and_channels, "product": _images_and_channels},
+    "epilogue_gradient": {"scale": _images_and_channels, "constant": _images_and_channels},
+}
+
+
+def _converted(
+    name: str, parameter: str, kind: str, value: Tensor | int, first: Tensor, numbers: dict[str, int]
+) -> ctypes.c_void_p | ctypes.c_int64:
+    """The argument for C, checked: what lies at an address is of the kind that it touches there, and as much."""
     if kind == "int64_t":
         return ctypes.c_int64(value)
-    dtype, layout = (first.dtype, torch.channels_last) if kind == "T" else (torch.float32, torch.contiguous_format)
-    fits = value.device.type == "cpu" and value.dtype == dtype and value.is_contiguous(memory_format=layout)
+    if kind == "T":
+        dtype, layout = first.dtype, torch.channels_last
+        size = numbers["channels"] * (numbers["rows"] if "rows" in numbers else numbers["images"] * numbers["pixels"])
+        expected = f"{dtype} {tuple(first.shape)} in channels_last"
+    else:
+        dtype, layout = torch.float32, torch.contiguous_format
+        size = SIZES.get(name, {}).get(parameter, lambda n: n["channels"])(numbers)
+        expected = f"contiguous {dtype}"
+    fits = isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided
+    fits = fits and value.dtype == dtype and value.is_contiguous(memory_format=layout)
     if not fits or (kind == "T" and value.shape != first.shape):
-        expected = f"{dtype} {tuple(first.shape)} in channels_last" if kind == "T" else f"contiguous {dtype}"
-        got = f"{value.dtype} {tuple(value.shape)} with strides {value.stride()} on {value.device}"
-        raise TypeError(f"{name}: expected {expected} on the CPU; got {got}")
-    return ctypes.c_void_p(value.data_ptr())
+        raise TypeError(f"{parameter}: expected {expected} on the CPU; got {_description(value)}")
+    if value.numel() != size:
+        raise TypeError(f"{parameter}: expected {size} numbers; got {value.numel()}, {_description(value)}")
+    # With its memory given back, or a tensor that never had any, the address is nobody's.
+    address, storage = value.data_ptr(), value.untyped_storage()
+    if not address or storage.nbytes() < (value.storage_offset() + size) * value.element_size():
+        raise TypeError(f"{parameter}: its memory was freed; got {_description(value)}")
+    return ctypes.c_void_p(address)
 
 
-def _compiled(compiler: list[str]) -> Path:
-    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    # What -march=native depends on: a home folder may be shared by machines of several kinds.
-    processor = [platform.machine(), platform.processor(), *sorted(features())]
-    key = hashlib.sha256("\0".join([version, *FLAGS, *processor, *(s.read_text() for s in SOURCES)]).encode())
-    folder = cache_folder() / "native"
-    path = folder / f"passes-{key.hexdigest()[:16]}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
-        os.close(handle)
-        try:
-            command = [*compiler, *FLAGS, str(SOURCES[0]), "-o", temporary]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            os.replace(temporary, path)  # whole or not at all: others may be compiling it too
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    return path
-
-
-def _first_error(text: str) -> str:
-    lines = [line for line in text.splitlines() if "error" in line] or text.splitlines() or ["it says nothing"]
-    return lines[0].strip()
+def _description(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"{type(value).__name__}"
+    strides = f" with strides {value.stride()}" if value.layout == torch.strided else f" in {value.layout}"
+    return f"{value.dtype} {tuple(value.shape)}{strides} on {value.device}"
