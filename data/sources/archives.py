@@ -1,4 +1,4 @@
-"""Checksums, archives and pickles: everything that reads bytes from an untrusted source.
+"""Checksums and archives: reading bytes from an untrusted source.
 
 No member of an archive ever becomes a file under its own name: the contents are appended to one spool file in the
 temporary folder of the conversion, and a member is an offset and a length in it. A hostile name therefore has nowhere
@@ -10,9 +10,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
-import io
 import lzma
-import pickle
 import re
 import stat
 import tarfile
@@ -21,8 +19,6 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
-
-import numpy as np
 
 from rsengine.data.errors import DataError
 
@@ -226,41 +222,3 @@ def _safe_name(path: Path, name: str) -> str:
     if name.startswith("/") or "\\" in name or "\0" in name or ".." in parts or re.match(r"^[A-Za-z]:", name):
         raise DataError(f"{path}: member {name!r} points outside the archive; do not trust this file")
     return "/".join(part for part in parts if part not in ("", "."))
-
-
-def _reconstruct(subtype: type, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """numpy's own helper of this name, for the one use it has in a pickle: an empty array that is filled later."""
-    if subtype is not np.ndarray or shape != (0,):
-        raise pickle.UnpicklingError("an array that is not a plain one")
-    return np.ndarray(shape, np.uint8)
-
-
-# All that the pickles of the official archives refer to; numpy 2 renamed one module.
-ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ALLOWED:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no CIFAR archive does")
-        return ALLOWED[module, name]
-
-
-def restricted_loads(data: bytes, name: str) -> Any:
-    """Unpickle `data`, allowing plain containers, numbers, strings and numpy arrays, and nothing that runs code.
-
-    Strings written by Python 2 become str, one character a byte. `name` is for the error message.
-
-    Raises:
-        DataError: not a pickle, cut short, or referring to anything else.
-    """
-    try:
-        return _Unpickler(io.BytesIO(data), encoding="latin1").load()
-    except Exception as error:
-        # A forged pickle can make the pickle module raise almost anything.
-        raise DataError(f"{name}: refused or damaged pickle ({error}); get the official file again") from error

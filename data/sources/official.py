@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from rsengine.data.errors import DataError
-from rsengine.data.sources.archives import file_digest, restricted_loads
+from rsengine.data.sources.archives import file_digest
 from rsengine.data.sources.base import Source
 from rsengine.data.sources.images import ArraySplit
+from rsengine.data.sources.pickles import restricted_loads
 from rsengine.data.sources.tree import Tree
 
 SIDE = 32
