@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .augment_eager import augment_eager
 from .augment_tables import FLIPS, PolicyTables, check_colour, check_crop_padding
-from .dispatch import choose
+from .dispatch import check_memory, choose
 
 TRITON_PIXELS = 4096  # the largest image that one program of the Triton kernel holds
 
@@ -98,6 +98,7 @@ def _check(images, indices, epoch, seed, flip, holes, size, scale, shift) -> Non
                 f"{name}: expected int64 of {dims} dimensions on {images.device}; "
                 f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
             )
+    check_memory(images=images, indices=indices, epoch=epoch, scale=scale, shift=shift)
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected 0 to 2**63 - 1; got {seed}")
     if flip not in FLIPS:

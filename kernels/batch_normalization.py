@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import choose_native
+from .dispatch import check_memory, choose_native
 
 SEGMENT_ROWS = 64
 
@@ -47,7 +47,7 @@ def batch_norm(
         (N, C, H, W) in the dtype of ``x``; native and Triton in channels_last.
 
     Raises:
-        ValueError: a shape or ``impl`` does not fit, or a channel has a single value.
+        ValueError: a shape or ``impl`` does not fit, a channel has a single value, or memory was freed.
         RuntimeError: ``impl="native"`` or ``"triton"`` where it cannot run.
     """
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
@@ -184,3 +184,4 @@ def check_batch_norm(x: Tensor, vectors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name}: expected ({x.shape[1]},); got {tuple(tensor.shape)}")
     if x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f"x: expected more than one value a channel, to take a variance of; got {tuple(x.shape)}")
+    check_memory(x=x, **vectors)

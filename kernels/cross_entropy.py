@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import choose, is_triton_assumed
+from .dispatch import check_memory, choose, is_triton_assumed
 
 REDUCTIONS = ("none", "mean", "sum")
 NO_INDEX = -(2**63)  # PyTorch's default, -100, would silently skip such rows
@@ -64,6 +64,7 @@ def label_smoothed_cross_entropy(
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     if target.requires_grad:
         raise ValueError("target: expected one that requires no gradient; got one that does (use target.detach())")
+    check_memory(logits=logits, target=target)
     if choose("label_smoothed_cross_entropy", impl, logits) == "triton":
         needs_grad = torch.is_grad_enabled() and logits.requires_grad
         loss, correct, _ = torch.ops.rsengine.label_smoothed_cross_entropy(

@@ -68,6 +68,34 @@ def may_read(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and type(tensor) is Tensor and all(_eager_blocks)
 
 
+def check_memory(**tensors: Tensor | None) -> None:
+    """Raise ``ValueError`` for a tensor whose memory was given back, as ``untyped_storage().resize_(0)`` does.
+
+    Everything that reads it, PyTorch's own operators too, would end the process.
+    """
+    if torch.compiler.is_compiling():  # what is traced has no memory
+        return
+    for name, tensor in tensors.items():
+        if type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta and tensor.numel():
+            last = tensor.storage_offset() + sum(
+                (n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)
+            )
+            if (last + 1) * tensor.element_size() > _bytes_behind(tensor):
+                raise ValueError(f"{name}: expected a tensor with memory; got one whose memory was freed")
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """The same for lists of hundreds of tensors, where only none at all is looked for."""
+    return not tensor.numel() or torch.compiler.is_compiling() or bool(_bytes_behind(tensor))
+
+
+def _bytes_behind(tensor: Tensor) -> float:
+    try:
+        return tensor.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):  # a function transform's, which stands for another
+        return float("inf")
+
+
 def explain(op: str, device: torch.device | str | None = None) -> str:
     """Say which implementation ``impl="auto"`` chooses for ``op`` on ``device``, and why.
 

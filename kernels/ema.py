@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import TRITON_DTYPES, choose, may_read
+from .dispatch import TRITON_DTYPES, check_memory, choose, has_memory, may_read
 
 
 @torch.no_grad()
@@ -264,6 +264,8 @@ def _check_lists(lists: dict[str, list[Tensor]]) -> None:
         if not all(dtype.is_floating_point for dtype in {t.dtype for t in values}):
             i, dtype = next((i, t.dtype) for i, t in enumerate(values) if not t.is_floating_point())
             raise ValueError(f"{other}[{i}]: expected a floating-point dtype; got {dtype}")
+        if not all(map(has_memory, values)):
+            check_memory(**_named(other, values))
 
 
 def _check_outputs(name: str, tensors: list[Tensor]) -> None:
@@ -292,6 +294,7 @@ def _check_scalar(name: str, value: Tensor, tensors: list[Tensor]) -> None:
         raise ValueError(f"{name}: expected a floating-point tensor of shape (); got {_kind(value)}")
     if tensors and value.device != tensors[0].device:
         raise ValueError(f"{name}: expected a tensor on {tensors[0].device}; got one on {value.device}")
+    check_memory(**{name: value})
 
 
 def _named(name: str, tensors: list[Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import choose
+from .dispatch import check_memory, choose
 
 
 def squeeze_excite(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, impl: str = "auto") -> Tensor:
@@ -155,6 +155,7 @@ def _check_kind(x: Tensor, **others: Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is not None and (tensor.device != x.device or not tensor.is_floating_point()):
             raise ValueError(f"{name}: expected floating point on {x.device}; got {tensor.dtype} on {tensor.device}")
+    check_memory(x=x, **others)
 
 
 @torch.library.custom_op("rsengine::squeeze_excite", mutates_args=())
