@@ -19,7 +19,7 @@ from rsengine.engine.graph import explain_step
 from rsengine.errors import run_command
 from rsengine.kernels import explain
 from rsengine.run.checkpoint import load_checkpoint
-from rsengine.run.files import CHECKPOINT_FILE, RECIPE_FILE, write_atomically
+from rsengine.run.files import CHECKPOINT_FILE, RECIPE_FILE, remove_leftovers, write_atomically
 from rsengine.run.progress import duration
 from rsengine.run.records import write_records
 from rsengine.trainer import Trainer
@@ -70,6 +70,7 @@ def _train(arguments: argparse.Namespace) -> int:
     graph, compile = not arguments.no_graph, arguments.compile
     trainer = Trainer(recipe, dataset, execution, out, graph=graph, compile=compile, say=say)
     out.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out)
     if state is not None:
         trainer.restore(state)
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -23,10 +22,11 @@ from rsengine.engine.graph import CapturedStep, CudaRecorder, choose_step, stati
 from rsengine.engine.step import image_sizes
 from rsengine.input.batches import open_batches
 from rsengine.run.checkpoint import CheckpointError, save_checkpoint
-from rsengine.run.files import BEST_FILE, CHECKPOINT_FILE, atomic_path
+from rsengine.run.files import CHECKPOINT_FILE
 from rsengine.run.log import EPOCH, INTERVAL, START, RunLog
 from rsengine.run.machine import machine, versions
 from rsengine.run.progress import Display
+from rsengine.run.recovery import copy_best, lost_records, renew
 from rsengine.run.signals import StopRequest, stop_requests
 from rsengine.run.weights import save_weights
 
@@ -129,6 +129,7 @@ class Trainer:
                 self._finish_epoch(display)
                 if stop.signal and self.progress.epoch < train.epochs:
                     return stop.signal  # it came during the evaluation, which was completed
+        self._renew()
         return 0
 
     def _choose_step(self, first: bool) -> Callable[..., None]:
@@ -211,8 +212,7 @@ class Trainer:
             self.best = {"accuracy": accuracy, "epoch": self.progress.epoch}
         self.save()
         if improved:
-            with atomic_path(self.out / BEST_FILE) as temporary:
-                shutil.copyfile(self.out / CHECKPOINT_FILE, temporary)
+            copy_best(self.out)
 
     def evaluate(self) -> dict[str, Evaluation]:
         """Measure the network and, if there is one, its EMA on the test set. The result is kept in :attr:`result`."""
@@ -308,9 +308,10 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint and, once an epoch is done, the weights to use. Refuses weights that are not finite."""
         self._check_weights()
+        self.log.sync()  # first: a resume counts on the records of what is done
         save_checkpoint(self.out / CHECKPOINT_FILE, self._state())
         if self.progress.batch == 0:
-            save_weights(self.out, self.step.ema_model or self.step.model, self.recipe, self.dataset)
+            save_weights(self.out, self._result_model, self.recipe, self.dataset)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Resume from a checkpoint. Raises :class:`CheckpointError` if it is of another data set or network."""
@@ -328,5 +329,28 @@ class Trainer:
         torch.set_rng_state(state["rng"]["cpu"])
         if self.execution.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
+        self.log.path.touch()  # where it was lost, what follows is still a log
         self.log.truncate_after(self.steps_done)
+        train = self.recipe.train
+        evaluated = [n for n in range(1, self.progress.epoch + 1) if n % train.evaluate_every == 0 or n == train.epochs]
+        if lost := lost_records(self.log, step=self.steps_done, interval=train.log_interval, evaluated=evaluated):
+            self.say(f"{self.log.path}: records are lost ({lost}); the report and the curves leave them out")
+        self._renew()
         self.resumed = True
+
+    @property
+    def _result_model(self) -> torch.nn.Module:
+        return self.step.ema_model or self.step.model
+
+    def _renew(self) -> None:
+        """Make what lies beside the checkpoint agree with it."""
+        renew(
+            self.out,
+            recipe=self.recipe,
+            model=self._result_model,
+            dataset=self.dataset,
+            epoch=self.progress.epoch,
+            batch=self.progress.batch,
+            best_epoch=self.best["epoch"],
+            say=self.say,
+        )

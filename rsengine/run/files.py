@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from rsengine.temporaries import remove_abandoned
 
 RECIPE_FILE = "recipe.toml"
 METRICS_FILE = "metrics.jsonl"
@@ -13,6 +16,8 @@ CHECKPOINT_FILE, BEST_FILE = "checkpoint.pt", "best.pt"
 WEIGHTS_FILE = "weights.safetensors"
 REPORT_FILE = "report.md"
 CURVES_FILE, CONFUSION_FILE, AUGMENTED_FILE = "curves.png", "confusion.png", "augmented.png"
+
+TEMPORARY = re.compile(r"\..+\.(?P<pid>\d+)\.tmp")  # names of files that are being written
 
 
 @contextlib.contextmanager
@@ -41,3 +46,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Put ``data`` at ``path`` through :func:`atomic_path`."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of :func:`atomic_path` in ``folder`` whose writers were killed."""
+    remove_abandoned(folder, TEMPORARY)

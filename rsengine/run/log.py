@@ -49,8 +49,8 @@ class RunLog:
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record as one line, handed to the operating system before this returns.
 
-        A process that is killed afterwards loses nothing; a machine that loses power may lose the last lines, which
-        `truncate_after` then tidies.
+        A process that is killed afterwards loses nothing; a machine that loses power may lose the lines since the last
+        `sync`, which `truncate_after` then tidies.
 
         Args:
             record: has ``kind`` and ``step``; its values are what JSON can hold. NaN and infinities become null.
@@ -73,6 +73,12 @@ class RunLog:
             if written != len(line):
                 raise OSError(f"{self.path}: only {written} of {len(line)} bytes could be written")
 
+    def sync(self) -> None:
+        """Have the disk hold what was appended. A checkpoint that counts on it is written afterwards."""
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
+
     def records(self, kind: str | None = None) -> list[dict[str, Any]]:
         """All records in the order written, or those of one kind; empty when nothing has been logged yet.
 
@@ -84,8 +90,8 @@ class RunLog:
     def truncate_after(self, step: int) -> int:
         """Forget what was logged after optimiser step ``step``, before a resume from there logs it again.
 
-        Drops every record whose ``step`` is greater, and a torn last line, keeping the order and the bytes of the
-        rest. The new file replaces the old one atomically, so a kill leaves one of the two, whole.
+        Drops every record whose ``step`` is greater, one that is there twice, and a torn last line, keeping the order
+        and the bytes of the rest. The new file replaces the old one atomically, so a kill leaves one of the two, whole.
 
         Returns:
             The number of lines dropped.
@@ -96,7 +102,8 @@ class RunLog:
         if not self.path.exists():
             return 0
         lines = self._lines()
-        kept = [line for line, record in lines if record["step"] <= step]
+        doubled = _doubled(lines)
+        kept = [line for i, (line, record) in enumerate(lines) if record["step"] <= step and i not in doubled]
         old = self.path.read_bytes()
         torn = bool(old) and not old.endswith(b"\n")
         if len(kept) < len(lines) or torn:
@@ -119,6 +126,18 @@ class RunLog:
                 raise ValueError(f"{self.path}, line {number}: expected an object with kind and an integer step")
             found.append((line + b"\n", record))
         return found
+
+
+def _doubled(lines: list[tuple[bytes, dict[str, Any]]]) -> set[int]:
+    """Places of lines that a copy before them says already: no two records of a run have the same times."""
+    seen: set[bytes] = set()
+    found = set()
+    for i, (line, record) in enumerate(lines):
+        if "seconds" in record or "time_to_first_step" in record:
+            if line in seen:
+                found.add(i)
+            seen.add(line)
+    return found
 
 
 def accuracy(record: Mapping[str, Any]) -> float:

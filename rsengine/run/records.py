@@ -32,7 +32,11 @@ def write_records(
     """
     log = RunLog(out)
     title = f"{recipe.name} on {dataset.name}"
-    plots.curves(log.records(EPOCH), log.records(INTERVAL), out / CURVES_FILE, title=title)
+    epochs, intervals = log.records(EPOCH), log.records(INTERVAL)
+    if epochs or intervals:
+        plots.curves(epochs, intervals, out / CURVES_FILE, title=title)
+    else:  # all of them were lost
+        (out / CURVES_FILE).unlink(missing_ok=True)
     seed = recipe.train.seed
     draw_augmented(dataset, recipe.augment, out / AUGMENTED_FILE, title=f"{title}: augmentation", seed=seed)
     weights = "ema" if "ema" in result else "raw"

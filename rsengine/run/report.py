@@ -133,6 +133,8 @@ def _speed_rows(
         rate = _count(statistics.median(record["images_per_second"] for record in intervals))
         of = f"{len(intervals)} log interval{'' if len(intervals) == 1 else 's'}"
         rows.append(("Images per second", f"{rate}, median of {of}"))
+    if not starts:
+        return rows  # the log lost them
     first, *later = (f"{record['time_to_first_step']:.1f} s" for record in starts)
     rows.append(("Time to first step", first + (f"; on resuming {', '.join(later)}" if later else "")))
     resumed = [f"{record['step']:,}" for record in starts if record["resumed"]]
@@ -225,6 +227,8 @@ def _confusions(matrix: np.ndarray, classes: Sequence[str]) -> list[str]:
 
 
 def _machine_table(starts: list[dict[str, Any]]) -> list[str]:
+    if not starts:
+        return ["The log has lost what it said of them."]
     here, packages = starts[-1]["machine"], starts[-1]["versions"]
     rows = [("Processor", _known(here.get("processor")))]
     physical, logical = here.get("physical_cores"), here.get("logical_cores")

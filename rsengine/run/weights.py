@@ -10,7 +10,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rsengine.config import Recipe, RecipeError
 from rsengine.data.errors import UserError
@@ -41,7 +42,37 @@ def save_weights(folder: Path, model: nn.Module, recipe: Recipe, dataset: object
     """Write ``weights.safetensors`` into ``folder``, atomically. ``dataset``: a :class:`rsengine.data.Dataset`."""
     from safetensors.torch import save
 
-    metadata = {
+    path = Path(folder) / WEIGHTS_FILE
+    write_atomically(path, save(_state(model), _metadata(recipe, dataset)))
+    return path
+
+
+def holds_weights(path: Path, model: nn.Module, recipe: Recipe, dataset: object) -> bool:
+    """Whether ``path`` is what :func:`save_weights` would write, to the bit."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = _state(model)
+            return (
+                file.metadata() == _metadata(recipe, dataset)
+                and set(file.keys()) == set(state)
+                and all(_same(file.get_tensor(name), tensor) for name, tensor in state.items())
+            )
+    except (SafetensorError, OSError):
+        return False
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _metadata(recipe: Recipe, dataset: object) -> dict[str, str]:
+    return {
         "format": _FORMAT,
         "recipe": recipe.to_toml(),
         "classes": json.dumps(list(dataset.classes)),
@@ -49,10 +80,6 @@ def save_weights(folder: Path, model: nn.Module, recipe: Recipe, dataset: object
         "mean": json.dumps(list(dataset.mean)),
         "std": json.dumps(list(dataset.std)),
     }
-    path = Path(folder) / WEIGHTS_FILE
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(path, save(state, metadata))
-    return path
 
 
 def load_weights(path: str | Path) -> Weights:
