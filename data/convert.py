@@ -24,10 +24,12 @@ from rsengine.data.beton.scan import Scan, refuse_bad, scan
 from rsengine.data.beton.writer import IMAGE_FORMATS, Job, write_betons
 from rsengine.data.dataset import BETONS, DESCRIPTION, Dataset, load_dataset
 from rsengine.data.errors import DataError, few
+from rsengine.data.paths import expanded
 from rsengine.data.sources.base import Source, with_validation
 from rsengine.data.sources.open import open_source
 from rsengine.data.sources.tree import digest_of_list
 from rsengine.data.staging import staged_folder
+from rsengine.output import patient_output
 
 PACKAGES = ("rsengine", "ffcv", "numpy", "pillow")
 CHANNELS = ("red", "green", "blue")
@@ -77,7 +79,7 @@ def convert(
         OptionError: an option out of range.
     """
     _check_options(size, image_format, test_fraction, validation, workers)
-    out = Path(out).expanduser()
+    out = expanded(out)
     workers = workers or len(os.sched_getaffinity(0))
     try:
         with staged_folder(out, overwrite=overwrite) as folder:
@@ -230,16 +232,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not quiet:
             print(line, flush=True)
 
-    try:
-        dataset = convert(**options, progress=not quiet, log=say)
-    except (DataError, OptionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    say(summary(dataset, time.monotonic() - start))
-    return 0
+    with patient_output():
+        try:
+            dataset = convert(**options, progress=not quiet, log=say)
+        except (DataError, OptionError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted: nothing was written", file=sys.stderr)
+            return 130
+        say(summary(dataset, time.monotonic() - start))
+        return 0
 
 
 if __name__ == "__main__":

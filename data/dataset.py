@@ -10,6 +10,7 @@ from typing import Any
 
 from rsengine.data.beton.reader import ALLOCATION, read_header
 from rsengine.data.errors import DataError
+from rsengine.data.paths import expanded
 
 FORMAT = "rsengine dataset"
 FORMAT_VERSION = 1
@@ -93,7 +94,7 @@ def load_dataset(folder: str | Path) -> Dataset:
         DataError: the folder is no converted data set, of another format version, or its .beton files are missing,
             incomplete or hold another number of samples than dataset.json says.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     path = folder / DESCRIPTION
     again = "convert the source again with `python data/convert.py SOURCE --out DIR`"
     if TEMPORARY.match(folder.resolve().name):

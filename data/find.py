@@ -17,6 +17,7 @@ from rsengine.cache import cache_folder
 from rsengine.data.convert import convert
 from rsengine.data.dataset import DESCRIPTION, FORMAT_VERSION, Dataset, load_dataset
 from rsengine.data.errors import DataError
+from rsengine.data.paths import expanded
 from rsengine.data.sources.archives import file_digest
 from rsengine.data.sources.official import BY_ARCHIVE, FOLDERS
 from rsengine.data.sources.open import DIGITS, source_name
@@ -121,7 +122,7 @@ def fingerprint(source: str | Path) -> str:
 
 def _open(what: str | Path, log: Callable[[str], None]) -> Dataset:
     digits = str(what) == DIGITS and not Path(what).exists()
-    source: str | Path = DIGITS if digits else Path(what).expanduser()
+    source: str | Path = DIGITS if digits else expanded(what)
     if isinstance(source, Path):
         if not source.exists():
             raise DataError(f"{source}: no such file or folder; check --data or {VARIABLE}, or use --data digits")

@@ -20,6 +20,7 @@ from types import FrameType
 
 from rsengine.data.dataset import FILES, TEMPORARY
 from rsengine.data.errors import DataError
+from rsengine.disk import sync
 
 LOCK = ".lock"
 
@@ -131,18 +132,10 @@ def _is_locked(folder: Path) -> bool:
     return False
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sync_tree(folder: Path) -> None:
     for entry in folder.iterdir():
-        _sync(entry)
-    _sync(folder)
+        sync(entry)
+    sync(folder)
 
 
 def _publish(temporary: Path, out: Path, overwrite: bool) -> None:
@@ -156,7 +149,7 @@ def _publish(temporary: Path, out: Path, overwrite: bool) -> None:
         if old.exists():
             old.rename(out)
         raise DataError(f"{out}: something was put there meanwhile; remove it or give another --out") from error
-    _sync(out.parent)
+    sync(out.parent)
     if old.exists():
         shutil.rmtree(old)
 

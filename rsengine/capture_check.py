@@ -20,13 +20,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--classes", type=int, default=10, metavar="N", help="classes of the data (default: 10)")
     parser.add_argument("--launch-table", action="store_true", help="print docs/launches.md instead, and exit")
     arguments = parser.parse_args(argv)
-    if arguments.launch_table:
-        print(launch_table(), end="")
-        return 0
     return run_command(lambda: _check(arguments))
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    if arguments.launch_table:
+        print(launch_table(), end="")
+        return 0
     recipe = load_recipe(arguments.recipe).with_settings(arguments.set)
     reports = check_recipe(recipe, (arguments.image_size, arguments.image_size), arguments.classes)
     print(f"capture check of {recipe.name}, {STEPS} steps on a fake device")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from rsengine.cache import keep_compiled_code
 from rsengine.data.errors import UserError
+from rsengine.output import patient_output
 
 
 class SettingsError(UserError, ValueError):
@@ -26,13 +28,16 @@ def smaller_batch(most: int) -> str:
 def run_command(run: Callable[[], int]) -> int:
     """Run a command and return its exit status.
 
-    An error that the user can correct becomes one line. Any other exception is a bug and keeps its traceback.
+    An error that the user can correct becomes one line. Any other exception is a bug and keeps its traceback. An
+    output that is closed early, as in ``… | head -2``, does not end the command.
     """
-    try:
-        return run()
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "status", UserError.status)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    with patient_output():
+        try:
+            keep_compiled_code()
+            return run()
+        except (UserError, OSError) as error:
+            print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+            return getattr(error, "status", UserError.status)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130

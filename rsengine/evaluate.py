@@ -11,7 +11,6 @@ from rsengine.data import find_dataset
 from rsengine.device import choose_execution
 from rsengine.engine.evaluation import EvaluationStep
 from rsengine.errors import run_command
-from rsengine.input.stream import BetonLoader
 from rsengine.model.preprocess import Preprocess
 from rsengine.run.weights import WeightsError, load_weights
 
@@ -30,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from rsengine.input.stream import BetonLoader  # numba and FFCV, which read at their import where to keep code
+
     execution = choose_execution(arguments.device, arguments.precision)
     weights = load_weights(arguments.run)
     dataset = find_dataset(arguments.data)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rsengine.data.errors import DataError
+from rsengine.data.paths import expanded
 from rsengine.data.sources.archives import file_digest, is_archive
 from rsengine.data.sources.base import Source
 from rsengine.data.sources.digits import open_digits
@@ -54,7 +55,7 @@ def open_source(
     """
     if str(source) == DIGITS and not Path(source).exists():
         return open_digits(test_fraction=DIGITS_FRACTION if test_fraction is None else test_fraction, seed=seed)
-    path, fraction = Path(source).expanduser(), FOLDER_FRACTION if test_fraction is None else test_fraction
+    path, fraction = expanded(source), FOLDER_FRACTION if test_fraction is None else test_fraction
     official = BY_ARCHIVE.get(path.name)
     if verify and official is not None and path.is_file():
         # Before unpacking: an incomplete download is better called that than a damaged archive.

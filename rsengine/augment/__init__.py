@@ -72,6 +72,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rsengine.cache import keep_compiled_code
+
+    keep_compiled_code()  # before the first import of numba
     from rsengine.augment import operations
 
     return getattr(operations, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -26,11 +27,24 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
     Raises:
         CheckpointError: ``path`` holds something that is not a checkpoint of this program; it is left alone.
+        WriteError: the disk refuses it; an older checkpoint stays as it was.
     """
     if path.exists():
         _read(path, mmap=True)
     with atomic_path(path) as temporary:
-        torch.save({"format": _FORMAT, "version": _VERSION, **state}, temporary)
+        try:
+            torch.save({"format": _FORMAT, "version": _VERSION, **state}, temporary)
+        except RuntimeError:
+            _ask_disk(temporary)
+            raise
+
+
+def _ask_disk(path: Path) -> None:
+    """Raise the OSError that PyTorch's writer keeps to itself, by adding to the file that it could not finish."""
+    with open(path, "ab") as file:
+        file.write(bytes(2**20))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rsengine.run.files import METRICS_FILE, write_atomically
+from rsengine.run.files import METRICS_FILE, write_atomically, writing
 
 START = "start"
 INTERVAL = "interval"
@@ -57,11 +57,12 @@ class RunLog:
 
         Raises:
             TypeError: a value has no JSON form.
+            WriteError: the disk refuses it.
         """
         line = json.dumps(_finite(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+b", buffering=0) as file:
+        with writing(self.path), open(self.path, "a+b", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             if end:
                 file.seek(end - 1)
@@ -69,9 +70,8 @@ class RunLog:
                     # Without this the new record would grow onto the torn line and be lost with it.
                     file.seek(0)
                     file.truncate(file.read().rfind(b"\n") + 1)
-            written = file.write(line)
-            if written != len(line):
-                raise OSError(f"{self.path}: only {written} of {len(line)} bytes could be written")
+            while line:  # a disk that takes a part of it says at the next try what is wrong
+                line = line[file.write(line) :]
 
     def sync(self) -> None:
         """Have the disk hold what was appended. A checkpoint that counts on it is written afterwards."""

@@ -1,5 +1,10 @@
 """Checkpoints and weights: written whole or not at all, refused when damaged, never overwriting what is not theirs."""
 
+import contextlib
+import errno
+import os
+import resource
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -8,6 +13,8 @@ from rsengine.config import Recipe
 from rsengine.engine.build import build_model
 from rsengine.run import checkpoint as module
 from rsengine.run.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from rsengine.run.files import WriteError, write_atomically
+from rsengine.run.log import RunLog
 from rsengine.run.weights import WeightsError, load_weights, save_weights
 
 STATE = {key: None for key in module._KEYS} | {"step": {"w": torch.arange(5000.0)}, "epoch": 3, "recipe": "x"}
@@ -35,6 +42,75 @@ def test_an_interrupted_write_leaves_the_old_one(tmp_path, monkeypatch):
         save_checkpoint(path, STATE | {"epoch": 4})
     assert load_checkpoint(path)["epoch"] == 3
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.fixture
+def file_limit():
+    """Lets files end at 8 KiB while a block runs, as ``ulimit -f`` does."""
+
+    @contextlib.contextmanager
+    def limit():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
+
+
+def full_disk(monkeypatch):
+    """Every flush finds the disk full."""
+
+    def refuse(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "weights.safetensors", "report.md", "metrics.jsonl"])
+def test_a_file_size_limit_is_one_line_and_the_old_file_stays(tmp_path, toy_dataset, file_limit, name):
+    path, log = tmp_path / name, RunLog(tmp_path)
+    model = build_model(Recipe().with_settings(["model.blocks=[1, 1]", "model.width_multiplier=0.25"]), 3)
+    log.append({"kind": "start", "step": 0})
+    write = {
+        "checkpoint.pt": lambda: save_checkpoint(path, STATE),
+        "weights.safetensors": lambda: save_weights(tmp_path, model, Recipe(), toy_dataset),
+        "report.md": lambda: write_atomically(path, b"x" * 10_000),
+        "metrics.jsonl": lambda: log.append({"kind": "start", "step": 0, "text": "x" * 10_000}),
+    }[name]
+    if name not in ("report.md", "metrics.jsonl"):
+        write()
+    before = path.read_bytes() if path.exists() else None
+    with file_limit(), pytest.raises(WriteError) as caught:
+        write()
+    words = f"{path}: cannot be written (File too large): it is larger than files may be here; raise the limit (ulimit"
+    assert str(caught.value).startswith(words) and "\n" not in str(caught.value) and caught.value.status == 2
+    if name == "metrics.jsonl":
+        assert len(log.records()) == 1
+    else:
+        assert (path.read_bytes() if path.exists() else None) == before
+    assert not [each for each in tmp_path.iterdir() if each.suffix == ".tmp"]
+
+
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, STATE)
+    full_disk(monkeypatch)
+    with pytest.raises(WriteError, match=r"checkpoint.pt: cannot be written \(No space left on device\): the disk is"):
+        save_checkpoint(path, STATE | {"epoch": 4})
+    assert load_checkpoint(path)["epoch"] == 3 and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_an_error_of_pytorch_that_is_not_the_disk_s_stays_what_it_is(tmp_path, monkeypatch):
+    def fail(_state, target):
+        target.write_bytes(b"half")
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(module.torch, "save", fail)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        save_checkpoint(tmp_path / "checkpoint.pt", STATE)
 
 
 def damaged(path, how):

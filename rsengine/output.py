@@ -1,0 +1,76 @@
+"""Standard output and standard error that may be closed early, as in ``… | head -2``, without ending the work."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from collections.abc import Iterator
+
+# The reader has gone: a pipe closed, a terminal hung up. That is no fault, and no one is left to be told.
+_GONE = {errno.EPIPE, errno.EIO, errno.ECONNRESET}
+
+
+class _Patient(io.FileIO):
+    """A descriptor whose writes never fail. After the first failure it is tried no more."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self.words, self.failed = name, False
+
+    def write(self, data: object) -> int:
+        length = memoryview(data).nbytes
+        if self.failed:
+            return length
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failed = True
+            if error.errno not in _GONE and self is not getattr(getattr(sys.stderr, "buffer", None), "raw", None):
+                print(f"{self.words} cannot be written ({error.strerror}); going on without it", file=sys.stderr)
+            return length
+
+
+@contextlib.contextmanager
+def patient_output() -> Iterator[None]:
+    """In this block, what is printed to a standard output or error that cannot be written is dropped silently.
+
+    A failure other than a reader that left, such as a full disk, is said once on standard error. Characters that the
+    output's encoding lacks are escaped. Streams that somebody else has put in place of the process's own stay.
+    """
+    _open_standard_descriptors()
+    before = sys.stdout, sys.stderr
+    names = ("standard output", "standard error")
+    own = (sys.__stdout__, sys.__stderr__)
+    sys.stdout, sys.stderr = (
+        _patient(stream, name) if stream is None or stream is original else stream
+        for stream, original, name in zip(before, own, names, strict=True)
+    )
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _patient(stream: io.TextIOWrapper | None, name: str) -> io.TextIOBase:
+    if stream is None:  # closed before the program began
+        return open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (lives as long as the stream it stands for)
+    with contextlib.suppress(OSError):
+        stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Patient(stream.fileno(), name)),
+        encoding=stream.encoding,
+        errors="backslashreplace",
+        line_buffering=True,
+    )
+
+
+def _open_standard_descriptors() -> None:
+    """Take descriptors 0 to 2 where they are closed, so that no file of a run gets one and libraries print into it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        continue
+    os.close(descriptor)

@@ -1,0 +1,44 @@
+"""Flushing to the disk: a file system that cannot is no fault, a disk that fails is one."""
+
+import errno
+import os
+
+import pytest
+
+from rsengine.data import convert
+from rsengine.disk import sync
+from rsengine.run.files import write_atomically
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """Lets ``os.fsync`` fail with a number."""
+
+    def refuse(number):
+        def fsync(_descriptor):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_cannot_flush_is_no_fault(refusing, tmp_path, number):
+    refusing(number)
+    sync(tmp_path)
+    write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_neither_is_it_in_a_conversion(refusing, tmp_path):
+    refusing(errno.EINVAL)
+    assert convert("digits", tmp_path / "out", progress=False, log=lambda line: None).train_count == 1438
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_disk_that_fails_is_one(refusing, tmp_path, number):
+    refusing(number)
+    with pytest.raises(OSError) as caught:
+        sync(tmp_path)
+    assert caught.value.errno == number
