@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import datetime
+import contextlib
 import functools
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from rsengine.errors import run_command
 from rsengine.kernels import explain
 from rsengine.run.checkpoint import load_checkpoint
 from rsengine.run.files import CHECKPOINT_FILE, RECIPE_FILE, remove_leftovers, write_atomically
+from rsengine.run.folder import RUNS, latest_run, locked, make_run_folder
 from rsengine.run.progress import duration
 from rsengine.run.records import write_records
 from rsengine.trainer import Trainer
@@ -34,48 +36,53 @@ class UsageError(UserError):
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0, 1 diverged, 2 bad input, 130 or 143 stopped by a signal."""
     arguments = _parser().parse_args(argv)
-    if arguments.list_settings:
-        print(describe())
-        return 0
     return run_command(lambda: _train(arguments))
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    if arguments.list_settings:
+        print(describe())
+        return 0
+    with contextlib.ExitStack() as held:  # the run folder, from the moment it is known
+        return _run(arguments, held)
+
+
+def _run(arguments: argparse.Namespace, held: contextlib.ExitStack) -> int:
     recipe = _recipe(arguments, "quickstart")
     out = Path(arguments.out) if arguments.out else None
-    state = None
-    if arguments.resume:
-        out = out or _latest_run(recipe.name)
-        state = load_checkpoint(out / CHECKPOINT_FILE)
-        recipe = _resumed_recipe(arguments, Recipe.from_toml(state["recipe"], str(out / CHECKPOINT_FILE)))
-    elif out is not None and (out / CHECKPOINT_FILE).exists():
-        raise UsageError(f"--out {out}: holds a run already; add --resume to go on with it, or name another folder")
-
+    if arguments.resume and out is None and arguments.recipe:
+        out = latest_run(recipe.name)
+    if out is not None and arguments.resume:
+        _saved(arguments, out)  # once now, before data are converted in vain
+    elif out is not None:
+        _check_free(out)
     dataset = find_dataset(arguments.data, fallback_digits=arguments.or_digits, log=say)
     if dataset.image_size is None:
         raise UsageError(
             f"{dataset.folder}: its images differ in size; convert them again with --size N, for example "
             f"`python data/convert.py SOURCE --out DIR --size 32`"
         )
-    if state is None and dataset.name == "digits" and arguments.recipe is None:
+    if dataset.name == "digits" and arguments.recipe is None and not (arguments.resume and out):
         recipe = _recipe(arguments, "digits")
         say("recipe digits, because the data are the digits and no --recipe was given")
+    state = None
+    if arguments.resume:
+        out = out or latest_run(recipe.name)
+        held.enter_context(locked(out, say))
+        state, recipe = _saved(arguments, out)
 
-    out = out or Path("runs") / f"{recipe.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     execution = choose_execution(arguments.device, recipe.train.precision)
     if execution.device.type == "cpu" and not keep_freed_memory():
         say("memory: without glibc, large blocks of memory are mapped again in each step, which takes time")
     if execution.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # a run has few shapes: each convolution's algorithm is found by trying
     graph, compile = not arguments.no_graph, arguments.compile
-    trainer = Trainer(recipe, dataset, execution, out, graph=graph, compile=compile, say=say)
-    out.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(out)
+    trainer = Trainer(recipe, dataset, execution, out or RUNS, graph=graph, compile=compile, say=say)
     if state is not None:
         trainer.restore(state)
     else:
-        trainer.log.truncate_after(-1)  # records of a run that was killed before its first checkpoint
-        write_atomically(out / RECIPE_FILE, recipe.to_toml().encode())
+        out = _begin(trainer, out, held)
+    remove_leftovers(out)
 
     resume = shlex.join(["python", "-m", "rsengine.train", "--resume", "--out", str(out)])
     if arguments.data:
@@ -129,22 +136,35 @@ def _settings(arguments: argparse.Namespace) -> list[str]:
     return [*arguments.set, *(f"{key}={value}" for key, value in short.items() if value is not None)]
 
 
-def _resumed_recipe(arguments: argparse.Namespace, saved: Recipe) -> Recipe:
-    """The checkpoint's recipe. The settings on the command line must agree with it."""
+def _saved(arguments: argparse.Namespace, out: Path) -> tuple[dict[str, Any], Recipe]:
+    """The checkpoint in ``out`` and its recipe. The settings on the command line must agree with it."""
+    state = load_checkpoint(out / CHECKPOINT_FILE)
+    saved = Recipe.from_toml(state["recipe"], str(out / CHECKPOINT_FILE))
     asked = load_recipe(arguments.recipe) if arguments.recipe else saved
     differences = asked.with_settings(_settings(arguments)).differences(saved)
     if differences:
         raise UsageError(
             f"--resume: the run's recipe cannot change ({'; '.join(differences)}); leave these out or start anew"
         )
-    return saved
+    return state, saved
 
 
-def _latest_run(name: str) -> Path:
-    runs = sorted(path.parent for path in Path("runs").glob(f"{name}-*/{CHECKPOINT_FILE}"))
-    if not runs:
-        raise UsageError(f"--resume: no run of recipe {name} with a checkpoint under runs/; name its folder with --out")
-    return runs[-1]
+def _check_free(out: Path) -> None:
+    if (out / CHECKPOINT_FILE).exists():
+        raise UsageError(f"--out {out}: holds a run already; add --resume to go on with it, or name another folder")
+
+
+def _begin(trainer: Trainer, out: Path | None, held: contextlib.ExitStack) -> Path:
+    """Make and hold the folder of a new run, now that nothing refuses it any more."""
+    if out is None:
+        out = make_run_folder(trainer.recipe.name)
+    out.mkdir(parents=True, exist_ok=True)
+    held.enter_context(locked(out, say))
+    _check_free(out)  # another process may have had it meanwhile
+    trainer.set_folder(out)
+    trainer.log.truncate_after(-1)  # records of a run that was killed before its first checkpoint
+    write_atomically(out / RECIPE_FILE, trainer.recipe.to_toml().encode())
+    return out
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -54,7 +54,7 @@ class Trainer:
     """One run of a recipe on a data set, writing into a run folder.
 
     Args:
-        out: the run folder; it must exist when the run begins.
+        out: the run folder; it must exist when the run begins, and may be set anew until then.
         graph: on a GPU, capture the step and the evaluation as CUDA graphs.
         compile: compile the training pass of the network with ``torch.compile``.
         say: prints one line for the user.
@@ -71,7 +71,8 @@ class Trainer:
         compile: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.recipe, self.dataset, self.execution, self.out, self.say = recipe, dataset, execution, out, say
+        self.recipe, self.dataset, self.execution, self.say = recipe, dataset, execution, say
+        self.set_folder(out)
         self.graph, self.compile = uses_graph(execution, graph), compile
         self.recorder = CudaRecorder(execution.device) if self.graph else None
         torch.manual_seed(recipe.train.seed)
@@ -88,12 +89,15 @@ class Trainer:
         )
         self.evaluation = build_evaluation(self.step, recipe, *data)
         self.captured_evaluation: CapturedStep | None = None
-        self.log = RunLog(out)
         self.progress = Progress()
         self.best: dict[str, float | int] = {"accuracy": -1.0, "epoch": 0}
         self.result: dict[str, Evaluation] = {}  # of the last evaluation in this process
         self.resumed = False
         self._first_step_pending = True
+
+    def set_folder(self, out: Path) -> None:
+        """Name the run folder."""
+        self.out, self.log = out, RunLog(out)
 
     @property
     def steps_done(self) -> int:

@@ -1,5 +1,7 @@
 """Whole runs on a toy data set: records, stopping, resuming bit for bit, and every refusal."""
 
+import dataclasses
+import datetime
 import json
 import os
 import re
@@ -28,6 +30,7 @@ from rsengine.input.transfer import Feeder, TensorBuffers
 from rsengine.model import ResNetRS
 from rsengine.model.preprocess import Preprocess
 from rsengine.predict import predict
+from rsengine.run import folder as folder_module
 from rsengine.run.checkpoint import load_checkpoint
 from rsengine.run.log import RunLog
 from rsengine.run.weights import load_weights
@@ -331,6 +334,54 @@ def test_a_run_killed_before_its_first_checkpoint_can_be_started_again(toy):
 def test_a_refused_run_leaves_no_folder(toy):
     assert toy("--set", "train.batch_size=200") == 2
     assert not Path("run").exists()
+
+
+def test_two_runs_into_one_folder_at_once_do_not_mix(toy, capsys):
+    holding = "import sys; from pathlib import Path; from rsengine.run.folder import locked\n"
+    holding += "with locked(Path('run'), print): print('held', flush=True); sys.stdin.read()"
+    Path("run").mkdir()
+    for options in ([], ["--resume"]):
+        with subprocess.Popen([sys.executable, "-c", holding], stdin=-1, stdout=-1, text=True) as other:
+            assert other.stdout.readline() == "held\n"
+            before = {path: path.read_bytes() for path in Path("run").iterdir()}
+            assert toy("--epochs", "1", *options) == 2
+            error = capsys.readouterr().err
+            assert f"run: process {other.pid} on " in error and "is writing this run" in error
+            assert {path: path.read_bytes() for path in Path("run").iterdir()} == before
+            other.communicate("")
+        assert toy("--epochs", "1", *options) == 0
+        assert not Path("run/.lock").exists()
+
+
+def test_runs_begun_in_one_second_each_have_a_folder(toy, toy_dataset, monkeypatch):
+    class Noon(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2030, 1, 2, 12)
+
+    monkeypatch.setattr(folder_module.datetime, "datetime", Noon)
+    options = ["--recipe", "toy.toml", "--data", str(toy_dataset.folder), "--device", "cpu", "--epochs", "1"]
+    options += ["--limit-train-batches", "2"]
+    assert train_module.main(options) == train_module.main(options) == 0
+    found = sorted(Path("runs").iterdir())
+    assert [path.name for path in found] == ["toy-20300102-120000", "toy-20300102-120000-2"]
+    assert all(len(RunLog(path).records("start")) == 1 for path in found)
+
+
+def test_resume_looks_for_the_runs_that_the_same_command_makes(toy, toy_dataset, monkeypatch, capsys):
+    """Digits are trained by a recipe of their own when none is named."""
+    digits = dataclasses.replace(toy_dataset, name="digits")
+    monkeypatch.setattr(train_module, "find_dataset", lambda *_, **__: digits)
+    options = ["--device", "cpu", "--data", "digits", "--set", "model.blocks=[1]", "--set", "train.batch_size=16"]
+    options += ["--epochs", "1", "--limit-train-batches", "2"]
+    assert train_module.main(options) == 0
+    (made,) = Path("runs").iterdir()
+    assert made.name.startswith("digits-")
+    assert train_module.main([*options, "--resume"]) == 0
+    assert f"into {made}" in capsys.readouterr().out
+    # Another recipe whose name begins alike is not taken, nor the only run there is.
+    assert train_module.main([*options, "--resume", "--recipe", "quickstart"]) == 2
+    assert "no run of recipe quickstart with a checkpoint under runs/" in capsys.readouterr().err
 
 
 class ImmediateLanes:

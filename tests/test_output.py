@@ -1,0 +1,93 @@
+"""What is printed may find no reader: the work goes on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rsengine.output import patient_output
+
+CODE = """
+import sys
+from rsengine.errors import run_command
+def work():
+    for i in range(3000):
+        print("line", i, flush=True)
+        print("aside", i, file=sys.stderr, flush=True)
+    open("done", "w").close()
+    return 3
+sys.exit(run_command(work))
+"""
+
+
+def start(folder, code=CODE, **options):
+    return subprocess.Popen([sys.executable, "-c", code], cwd=folder, **options)
+
+
+@pytest.mark.parametrize("early", ["stdout", "stderr"])
+def test_a_reader_that_leaves_ends_nothing_and_is_not_spoken_of(tmp_path, early):
+    process = start(tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    left, stays = (process.stdout, process.stderr)[:: 1 if early == "stdout" else -1]
+    left.readline()
+    left.close()
+    rest = stays.read().splitlines()
+    assert process.wait() == 3 and (tmp_path / "done").exists()
+    assert len(rest) == 3000  # and no word of a pipe
+
+
+def test_an_output_that_was_closed_from_the_start_is_as_good(tmp_path):
+    command = f"{sys.executable} -c '{CODE}' >&- 2>&- <&-"
+    assert subprocess.run(["bash", "-c", command], cwd=tmp_path, check=False).returncode == 3
+    assert (tmp_path / "done").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+def test_an_output_on_a_full_disk_is_said_once(tmp_path):
+    with open("/dev/full", "w") as full:
+        process = start(tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    errors = process.communicate()[1].splitlines()
+    assert process.returncode == 3
+    said = [line for line in errors if not line.startswith("aside")]
+    assert said == ["standard output cannot be written (No space left on device); going on without it"]
+
+
+def test_characters_that_the_output_lacks_are_escaped(tmp_path):
+    code = "import sys\nfrom rsengine.errors import run_command\nsys.exit(run_command(lambda: print('32×32') or 0))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    process = start(tmp_path, code, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.communicate()[0] == "32\\xd732\n" and process.returncode == 0
+
+
+def test_streams_that_are_not_the_process_s_own_stay(capsys):
+    before = sys.stdout
+    with patient_output():
+        assert sys.stdout is before
+        print("heard")
+    assert capsys.readouterr().out == "heard\n"
+
+
+COMMANDS = [
+    ("-m", "rsengine.train", "--list-settings"),
+    ("-m", "rsengine.train", "--data", "digits", "--recipe", "digits", "--epochs", "1", "--limit-train-batches", "2"),
+    ("-m", "rsengine.capture_check", "--launch-table"),
+    ("data/convert.py", "digits", "--out", "{folder}/converted"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_outlives_its_readers(tmp_path, command):
+    root = Path(__file__).parent.parent
+    words = [word.format(folder=tmp_path) for word in command]
+    words[0] = str(root / words[0]) if words[0].endswith(".py") else words[0]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True
+    )  # noqa: E501
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+    if "digits" in words:
+        assert (tmp_path / "converted" / "dataset.json").exists() or list(tmp_path.glob("runs/*/checkpoint.pt"))
