@@ -24,6 +24,7 @@ from rsengine.data.beton.scan import Scan, refuse_bad, scan
 from rsengine.data.beton.writer import IMAGE_FORMATS, Job, write_betons
 from rsengine.data.dataset import BETONS, DESCRIPTION, Dataset, load_dataset
 from rsengine.data.errors import DataError, few
+from rsengine.data.identity import content_identity
 from rsengine.data.paths import expanded
 from rsengine.data.sources.base import Source, with_validation
 from rsengine.data.sources.open import open_source
@@ -183,6 +184,7 @@ def _describe(
         image_format=image_format,
         versions=versions,
         options=options,
+        identity=content_identity(source.classes, [folder / BETONS[split] for split in ("train", "test")]),
     )
 
 

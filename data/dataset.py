@@ -10,6 +10,7 @@ from typing import Any
 
 from rsengine.data.beton.reader import ALLOCATION, read_header
 from rsengine.data.errors import DataError
+from rsengine.data.identity import content_identity
 from rsengine.data.paths import expanded
 
 FORMAT = "rsengine dataset"
@@ -39,6 +40,7 @@ class Dataset:
         image_format: "raw" or "jpg", how the images are stored.
         versions: name -> version of the software that wrote it.
         options: the options of the conversion.
+        identity: of the samples, see :func:`identity_of`; empty in what older versions wrote.
     """
 
     folder: Path
@@ -55,6 +57,7 @@ class Dataset:
     image_format: str = "raw"
     versions: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    identity: str = ""
 
     @property
     def train_beton(self) -> Path:
@@ -81,10 +84,19 @@ class Dataset:
             "std": list(self.std),
             "source": self.source,
             "checksum": self.checksum,
+            "identity": self.identity,
             "options": self.options,
             "versions": self.versions,
         }
         return json.dumps(content, indent=2) + "\n"
+
+
+def identity_of(dataset: Dataset) -> str:
+    """64 hexadecimal digits that differ for any two data sets whose splits differ in a sample or in their order.
+
+    Raises DataError when the files must be read for it and one is damaged.
+    """
+    return dataset.identity or content_identity(dataset.classes, (dataset.train_beton, dataset.test_beton))
 
 
 def load_dataset(folder: str | Path) -> Dataset:
@@ -148,6 +160,7 @@ def _from_content(folder: Path, content: dict[str, Any]) -> Dataset:
         image_format=str(content["image_format"]),
         versions={str(key): str(value) for key, value in content["versions"].items()},
         options=dict(content["options"]),
+        identity=str(content.get("identity", "")),
     )
 
 

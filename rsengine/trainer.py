@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from rsengine.config import Recipe
-from rsengine.data import Dataset
+from rsengine.data import Dataset, identity_of
 from rsengine.data.errors import UserError
 from rsengine.device import Execution
 from rsengine.engine.build import build_evaluation, build_step
@@ -27,6 +27,7 @@ from rsengine.run.log import EPOCH, INTERVAL, START, RunLog
 from rsengine.run.machine import machine, versions
 from rsengine.run.progress import Display
 from rsengine.run.recovery import copy_best, lost_records, renew
+from rsengine.run.same_data import describe_data, refuse_other_data
 from rsengine.run.signals import StopRequest, stop_requests
 from rsengine.run.weights import save_weights
 
@@ -71,6 +72,7 @@ class Trainer:
         compile: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
+        dataset = replace(dataset, identity=identity_of(dataset))  # found once where an older version wrote none
         self.recipe, self.dataset, self.execution, self.say = recipe, dataset, execution, say
         self.set_folder(out)
         self.graph, self.compile = uses_graph(execution, graph), compile
@@ -292,7 +294,7 @@ class Trainer:
         return {
             "recipe": self.recipe.to_toml(),
             "versions": versions(),
-            "dataset": self._dataset_identity(),
+            "dataset": describe_data(self.dataset),
             "epoch": progress.pop("epoch"),
             "batch": progress.pop("batch"),
             "seconds": progress.pop("seconds"),
@@ -305,10 +307,6 @@ class Trainer:
             },
         }
 
-    def _dataset_identity(self) -> dict[str, Any]:
-        data = self.dataset
-        return {"name": data.name, "checksum": data.checksum, "image_size": list(data.image_size)}
-
     def save(self) -> None:
         """Write the checkpoint and, once an epoch is done, the weights to use. Refuses weights that are not finite."""
         self._check_weights()
@@ -319,11 +317,7 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Resume from a checkpoint. Raises :class:`CheckpointError` if it is of another data set or network."""
-        if state["dataset"] != self._dataset_identity():
-            raise CheckpointError(
-                f"{self.out / CHECKPOINT_FILE}: the run was on other data ({state['dataset']}) than these "
-                f"({self._dataset_identity()}); name its data with --data"
-            )
+        refuse_other_data(state, self.dataset, self.out, self.steps_per_epoch)
         try:
             self.step.load_state_dict(state["step"])
         except ValueError as error:

@@ -52,6 +52,7 @@ def test_failure_at_any_point(tmp_path, monkeypatch, module, name, error):
 
     if name != "write_betons":  # not needed to reach the later points, and slow
         monkeypatch.setattr(convert_module, "write_betons", lambda *arguments, **options: None)
+        monkeypatch.setattr(convert_module, "content_identity", lambda *arguments: "")
     monkeypatch.setattr(module, name, fail)
     with pytest.raises(error):
         convert(tmp_path / "pets", tmp_path / "a" / "out", log=lambda line: None)

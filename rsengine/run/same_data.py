@@ -1,0 +1,66 @@
+"""Whether a run goes on with the data it began with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rsengine.data import Dataset, identity_of
+from rsengine.run.checkpoint import CheckpointError
+from rsengine.run.files import CHECKPOINT_FILE, WEIGHTS_FILE
+
+OPTIONS = ("size", "test_fraction", "validation", "seed")  # of the conversion, those that make other splits
+
+
+def describe_data(dataset: Dataset) -> dict[str, Any]:
+    """What a checkpoint keeps about its data set: the identity, which decides, and what tells a person more."""
+    return {
+        "identity": identity_of(dataset),
+        "name": dataset.name,
+        "checksum": dataset.checksum,
+        "image_size": list(dataset.image_size),
+        "counts": [dataset.train_count, dataset.test_count],
+        "options": {key: dataset.options[key] for key in OPTIONS if dataset.options.get(key) is not None},
+    }
+
+
+def refuse_other_data(state: dict[str, Any], dataset: Dataset, folder: Path, steps_per_epoch: int) -> None:
+    """Raise :class:`CheckpointError` if the run in ``folder``, whose checkpoint is ``state``, was on other data.
+
+    Older checkpoints have no identity. They are refused where anything that they or the weights beside them say
+    contradicts the data: the source, the steps in an epoch, the classes or the mean of the training set.
+    """
+    saved, given = state["dataset"], describe_data(dataset)
+    if "identity" in saved:
+        same = saved["identity"] == given["identity"]
+    else:
+        same = all(saved.get(key) == given[key] for key in ("name", "checksum", "image_size"))
+        same = same and state["epoch"] * steps_per_epoch + state["batch"] == int(state["step"]["counter"])
+        same = same and _fits_weights(folder / WEIGHTS_FILE, dataset)
+    if not same:
+        raise CheckpointError(
+            f"{folder / CHECKPOINT_FILE}: the run was on other data ({_in_words(saved)}) than these "
+            f"({_in_words(given)}); name its data with --data, or convert their source again with the same options"
+        )
+
+
+def _in_words(data: dict[str, Any]) -> str:
+    words = [str(data.get("name"))]
+    if "counts" in data:
+        words.append(f"{data['counts'][0]:,} + {data['counts'][1]:,} images")
+    words += [f"--{key.replace('_', '-')} {value}" for key, value in data.get("options", {}).items()]
+    key = "identity" if "identity" in data else "checksum"  # they differ where nothing else does
+    return ", ".join([*words, f"{key} {str(data.get(key))[:8]}…"])
+
+
+def _fits_weights(path: Path, dataset: Dataset) -> bool:
+    """Whether the weights, if there are any, learned the classes and the mean colour of this data set."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return all(json.loads(metadata[key]) == list(getattr(dataset, key)) for key in ("classes", "mean"))
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return True  # none, or none that can be read

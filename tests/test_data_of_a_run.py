@@ -1,0 +1,145 @@
+"""A run goes on with the data it began with."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from rsengine import train as train_module
+from rsengine.data import convert, identity_of, load_dataset
+from rsengine.run.checkpoint import load_checkpoint
+from tests.conftest import draw_classes
+
+RECIPE = """
+name = "toy"
+[model]
+blocks = [1, 1]
+width_multiplier = 0.25
+stem_width = 8
+[ema]
+decay = 0.9
+[train]
+epochs = 2
+batch_size = 8
+eval_batch_size = 10
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "pets"
+    draw_classes(folder, 12, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def begun(source, tmp_path_factory):
+    """A run of one epoch of two, stopped there, with the data set it is on."""
+    root = tmp_path_factory.mktemp("begun")
+    dataset = convert(source, root / "data", test_fraction=0.25, log=lambda line: None)
+    (root / "toy.toml").write_text(RECIPE)
+    options = ["--recipe", str(root / "toy.toml"), "--device", "cpu", "--epochs", "1"]
+    assert train_module.main([*options, "--out", str(root / "run"), "--data", str(dataset.folder)]) == 0
+    return root / "run", dataset
+
+
+def resume(run, data):
+    return train_module.main(["--resume", "--device", "cpu", "--out", str(run), "--data", str(data)])
+
+
+OTHERS = {
+    "another seed": {"seed": 1},
+    "another share": {"test_fraction": 0.5},
+    "a validation set": {"validation": 0.25},
+    "another size": {"size": 31},
+    "images stored otherwise": {"image_format": "jpg"},
+}
+
+
+@pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS)
+def test_a_run_does_not_go_on_with_another_split_of_its_source(begun, source, tmp_path, capsys, options):
+    run, dataset = begun
+    other = convert(source, tmp_path / "pets", **{"test_fraction": 0.25} | options, log=lambda line: None)
+    assert identity_of(other) != identity_of(dataset)
+    before = (run / "checkpoint.pt").read_bytes()
+    assert resume(run, other.folder) == 2
+    error = capsys.readouterr().err.strip()
+    assert re.match(r"error: .*checkpoint.pt: the run was on other data \(", error) and "\n" not in error
+    assert "name its data with --data, or convert their source again with the same options" in error
+    assert (run / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_run_goes_on_with_the_same_data_made_again(begun, source, tmp_path, capsys):
+    run, dataset = begun
+    again = convert(source, tmp_path / "again", test_fraction=0.25, verify=False, log=lambda line: None)
+    assert again.identity == dataset.identity == load_dataset(again.folder).identity != ""
+    assert resume(run, again.folder) == 0
+    assert "resumed at step" in capsys.readouterr().out
+
+
+def test_the_identity_is_that_of_content_and_order(source, tmp_path):
+    def made(name):
+        return convert(source, tmp_path / name, test_fraction=0.25, log=lambda line: None).identity
+
+    first = made("first")
+    assert made("second") == first
+    a, b = (source / "circle" / f"{number:03d}.png" for number in (0, 1))
+    contents = a.read_bytes(), b.read_bytes()
+    try:
+        a.write_bytes(contents[1]), b.write_bytes(contents[0])
+        assert made("swapped") != first
+    finally:
+        a.write_bytes(contents[0]), b.write_bytes(contents[1])
+
+
+def without_identity(dataset, folder):
+    """The data set as an older version wrote it."""
+    for path in dataset.folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    content = json.loads((folder / "dataset.json").read_text())
+    del content["identity"]
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_an_older_data_set_has_its_identity_read_from_its_files(begun, tmp_path):
+    run, dataset = begun
+    old = load_dataset(without_identity(dataset, tmp_path))
+    assert old.identity == "" and identity_of(old) == dataset.identity
+    assert resume(run, tmp_path) == 0
+
+
+@pytest.fixture
+def older_run(begun, tmp_path):
+    """The run with a checkpoint that an older version wrote."""
+    run = tmp_path / "older"
+    run.mkdir()
+    for path in begun[0].iterdir():
+        (run / path.name).write_bytes(path.read_bytes())
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["dataset"] = {key: state["dataset"][key] for key in ("name", "checksum", "image_size")}
+    torch.save(state, run / "checkpoint.pt")
+    assert "identity" not in load_checkpoint(run / "checkpoint.pt")["dataset"]
+    return run
+
+
+def test_an_older_checkpoint_goes_on_where_nothing_contradicts(older_run, begun):
+    assert resume(older_run, begun[1].folder) == 0
+    (older_run / "weights.safetensors").unlink()
+    assert resume(older_run, begun[1].folder) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [({"seed": 1}, True), ({"test_fraction": 0.5}, False)],
+    ids=["mean of the weights", "steps in an epoch"],
+)
+def test_an_older_checkpoint_is_refused_where_something_contradicts(
+    older_run, source, tmp_path, capsys, options, weights
+):
+    other = convert(source, tmp_path / "data", **{"test_fraction": 0.25} | options, log=lambda line: None)
+    if not weights:
+        (older_run / "weights.safetensors").unlink()
+    assert resume(older_run, other.folder) == 2
+    assert "the run was on other data (pets, checksum" in capsys.readouterr().err
