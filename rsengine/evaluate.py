@@ -7,12 +7,12 @@ import sys
 
 import torch
 
-from rsengine.data import find_dataset
+from rsengine.data import Dataset, find_dataset
 from rsengine.device import choose_execution
 from rsengine.engine.evaluation import EvaluationStep
 from rsengine.errors import run_command
 from rsengine.model.preprocess import Preprocess
-from rsengine.run.weights import WeightsError, load_weights
+from rsengine.run.weights import Weights, WeightsError, load_weights
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,6 +38,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise WeightsError(
             f"{arguments.run}: trained on other classes than {dataset.name} has; name its data with --data"
         )
+    _refuse_other_size(dataset, weights)
     loader = BetonLoader(dataset.test_beton, 500)
     model = weights.model.to(execution.device, memory_format=torch.channels_last)
     preprocess = Preprocess(weights.mean, weights.std, execution.device)
@@ -46,6 +47,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     scores = f"accuracy {result.accuracy:.2%}, cross-entropy {result.loss:.4f}"
     print(f"{dataset.name}: {scores} on {result.images:,} test images")
     return 0
+
+
+def _refuse_other_size(dataset: Dataset, weights: Weights) -> None:
+    """The network would take other sizes, and give an accuracy that says nothing about it."""
+    if dataset.image_size == weights.image_size:
+        return
+    height, width = weights.image_size
+    has = "differ in size" if dataset.image_size is None else "are {}x{}".format(*dataset.image_size)
+    remedy = "give images of that size"
+    if height == width:
+        remedy = f"convert them again: `python data/convert.py SOURCE --out DIR --size {height}`"
+    raise WeightsError(f"{dataset.folder}: its images {has}; the network learned {height}x{width}; {remedy}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run goes on with the data it began with."""
+"""A run goes on with the data it began with, and is measured on images of the size it learned."""
 
 import json
 import re
@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from rsengine import evaluate as evaluate_module
 from rsengine import train as train_module
 from rsengine.data import convert, identity_of, load_dataset
 from rsengine.run.checkpoint import load_checkpoint
@@ -143,3 +144,31 @@ def test_an_older_checkpoint_is_refused_where_something_contradicts(
         (older_run / "weights.safetensors").unlink()
     assert resume(older_run, other.folder) == 2
     assert "the run was on other data (pets, checksum" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_images_of_another_size_are_not_evaluated(begun, source, tmp_path, capsys, size):
+    other = convert(source, tmp_path / "other", size=size, log=lambda line: None)
+    assert evaluate_module.main([str(begun[0]), "--device", "cpu", "--data", str(other.folder)]) == 2
+    captured = capsys.readouterr()
+    assert "accuracy" not in captured.out and captured.err.count("\n") == 1
+    assert f"its images are {size}x{size}; the network learned 32x32; convert them again" in captured.err
+    assert "--size 32" in captured.err
+
+
+def test_images_of_mixed_size_are_not_evaluated(begun, source, tmp_path, capsys, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.setenv("RSENGINE_CACHE", str(tmp_path / "cache"))
+    for number, path in enumerate(sorted(source.rglob("*.png"))):
+        target = tmp_path / "mixed" / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).resize((20 + number, 30)).save(target)
+    assert evaluate_module.main([str(begun[0]), "--device", "cpu", "--data", str(tmp_path / "mixed")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "its images differ in size; the network learned 32x32" in error and "\n" not in error
+
+
+def test_images_of_the_size_it_learned_are_evaluated(begun, capsys):
+    assert evaluate_module.main([str(begun[0]), "--device", "cpu", "--data", str(begun[1].folder)]) == 0
+    assert "accuracy" in capsys.readouterr().out
