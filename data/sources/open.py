@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from rsengine.data.errors import DataError
+from rsengine.data.errors import DataError, few
 from rsengine.data.paths import expanded
 from rsengine.data.sources.archives import file_digest, is_archive
 from rsengine.data.sources.base import Source
@@ -84,6 +84,8 @@ def _unknown(path: Path, tree: Tree) -> str:
         return f"{path}: no files in it; give {FORMS}"
     if tree.kind == "folder":
         inside = [name for name in tree.files if "/" not in name and is_archive(path / name)]
+        if len(inside) > 1:  # perhaps one for training and one for testing
+            return f"{path}: holds no images, but the archives {few(inside)}; unpack them into one folder, or give one"
         if inside:
             return f"{path}: holds no images, but the archive {inside[0]}; give {path / inside[0]} itself"
     return f"{path}: no class folders, no Parquet and no CIFAR files in it; give {FORMS}"

@@ -162,6 +162,14 @@ def test_pictures_called_train_and_test_are_not_mixed_in_silence(tmp_path):
     assert "train_0.png" in said[0] and "test_1.png" in said[0] and "mixed" in said[0]
 
 
+def test_the_archive_of_one_split_is_not_recommended_alone(tmp_path):
+    (tmp_path / "downloads").mkdir()
+    for split in ("test", "train"):
+        tar(tmp_path / "downloads" / f"{split}.tar", fill(tmp_path / split, "cat", "dog"), mode="w")
+    with pytest.raises(DataError, match="archives test.tar, train.tar; unpack them into one folder"):
+        convert(tmp_path / "downloads", tmp_path / "out")
+
+
 def test_words():
     assert placed("train-00000-of-00002") == ("train", "") and placed("cifar10_Test") == ("test", "cifar10")
     for name in ("contest", "trains", "valley", "trainer", "train_test_split", "apple"):
