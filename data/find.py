@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import re
 import socket
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
@@ -22,12 +21,15 @@ from rsengine.data.sources.archives import file_digest
 from rsengine.data.sources.official import BY_ARCHIVE, FOLDERS
 from rsengine.data.sources.open import DIGITS, source_name
 from rsengine.data.sources.tree import walk
+from rsengine.temporaries import remove_abandoned, temporary_folder
 
 VARIABLE = "RSENGINE_DATA"
 LOCAL_FOLDER = "data"
 READING = 2  # counts the changes in what a conversion makes of a source: what was made before is not taken for it
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"  # where torchvision gets it too
 PROBE_SECONDS, DOWNLOAD_SECONDS = 4.0, 30.0  # without an answer; a download as a whole may take longer
+
+CONVERTING = re.compile(r"\..+\.tmp-(?P<pid>\d+)")  # names of data sets under construction
 
 
 def find_dataset(
@@ -144,6 +146,8 @@ def _converted(source: str | Path, log: Callable[[str], None]) -> Dataset:
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}; check the path and its permissions") from error
     folder = cache_folder() / "datasets" / f"{source_name(source) if source != DIGITS else DIGITS}-{mark}"
+    # All in this folder is ours, so what killed conversions of other sources left there goes too.
+    remove_abandoned(folder.parent, CONVERTING)
     damaged = False
     if folder.exists():
         try:
@@ -186,18 +190,17 @@ def download_cifar10(log: Callable[[str], None]) -> Path:
     from torchvision.datasets.utils import download_url
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Into its own folder: torchvision writes under the final name, and two processes may download at once.
-    folder = Path(tempfile.mkdtemp(prefix=".download-", dir=target.parent))
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_SECONDS)  # torchvision sets none, and would wait forever on a dead connection
     try:
-        download_url(URL, str(folder), layout.archive, layout.md5)
-        (folder / layout.archive).rename(target)
+        # Into its own folder: torchvision writes under the final name, and two processes may download at once.
+        with temporary_folder("download", target.parent) as folder:
+            download_url(URL, str(folder), layout.archive, layout.md5)
+            (folder / layout.archive).rename(target)
     except (OSError, RuntimeError) as error:  # RuntimeError is torchvision's word for a wrong checksum
         raise _NoDownload(f"the download of CIFAR-10 failed ({error})") from error
     finally:
         socket.setdefaulttimeout(timeout)
-        shutil.rmtree(folder)
     return target
 
 

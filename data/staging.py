@@ -8,7 +8,6 @@ conversions from dead ones, even where two containers share the disk but not the
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
@@ -21,8 +20,7 @@ from types import FrameType
 from rsengine.data.dataset import FILES, TEMPORARY
 from rsengine.data.errors import DataError
 from rsengine.disk import sync
-
-LOCK = ".lock"
+from rsengine.temporaries import LOCK, is_abandoned, locked
 
 
 @contextmanager
@@ -45,7 +43,7 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             raise DataError(f"{out}: this process is converting into it already; wait for it to end")
         try:
             temporary.mkdir()
-            with _locked(temporary):
+            with locked(temporary):
                 yield temporary
                 (temporary / LOCK).unlink()
                 _sync_tree(temporary)
@@ -58,17 +56,6 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 if not any(folder.iterdir()):
                     folder.rmdir()
             raise
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process with this number exists."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # somebody else's process
-    return True
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
@@ -104,32 +91,12 @@ def _remove_leftovers(out: Path) -> None:
         match = TEMPORARY.match(entry.name)
         if match is None or not entry.name.startswith(f".{out.name}.{match[1]}-") or not entry.is_dir():
             continue
-        pid = int(match[2])
-        # Our own number counts as dead too: a container restarted after a kill -9 often gets the same one.
-        if (pid != os.getpid() and is_alive(pid)) or _is_locked(entry):
+        if not is_abandoned(entry, int(match[2])):
             continue
         if match[1] == "old" and not out.exists():
             entry.rename(out)
         else:
             shutil.rmtree(entry)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with (folder / LOCK).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-
-
-def _is_locked(folder: Path) -> bool:
-    try:
-        with (folder / LOCK).open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def _sync_tree(folder: Path) -> None:

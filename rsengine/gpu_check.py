@@ -30,7 +30,7 @@ from rsengine.checks.gpu import report
 from rsengine.checks.gpu.parts import CARD, PARTS, Part
 from rsengine.checks.gpu.runner import ROOT, Check
 from rsengine.errors import SettingsError, run_command
-from rsengine.run.files import write_atomically
+from rsengine.run.files import remove_leftovers, write_atomically
 
 RESULTS, DRY_RUNS = ROOT / "bench" / "results", ROOT / "runs" / "gpu-check"
 SECONDS, LEAST_SECONDS = 430.0, 15.0
@@ -63,6 +63,8 @@ def _check(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out or (RESULTS if arguments.device == "cuda" else DRY_RUNS)).resolve()
     (out / LOGS).mkdir(parents=True, exist_ok=True)
     with ended_like_ctrl_c(), alone_in(out / LOGS):
+        for folder in (out, out / LOGS):
+            remove_leftovers(folder)
         return _run(parts, arguments, out)
 
 

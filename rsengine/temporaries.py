@@ -7,7 +7,6 @@ may still need: one with that number, or one that holds the lock, which another 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -15,6 +14,12 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 LOCK = ".lock"  # in a temporary folder; the system releases it when its owner dies
 
@@ -79,19 +84,24 @@ def temporary_folder(purpose: str, parent: Path | None = None) -> Iterator[Path]
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of ``folder``; where the file system has none, do without."""
+    """Hold the lock of ``folder``; where the system or the file system has none, do without."""
     with (folder / LOCK).open("w") as file:
         with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         yield
 
 
 def _is_locked(path: Path) -> bool:
     try:
         with (path / LOCK).open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
     except BlockingIOError:
         return True
     except OSError:  # it has none: a file, a folder that was just begun, a file system without locks
         return False
     return False
+
+
+def _lock(file: IO[str]) -> None:
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

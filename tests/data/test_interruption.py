@@ -20,7 +20,8 @@ from rsengine.data import DataError, convert, load_dataset, staging
 from rsengine.data.beton import scan as scan_module
 from rsengine.data.convert import main
 from rsengine.data.sources import images
-from rsengine.data.staging import is_alive, staged_folder
+from rsengine.data.staging import staged_folder
+from rsengine.temporaries import is_alive
 from tests.data.data_builders import class_folders, shared_memory_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from rsengine.checks.gpu.device import Setup
 from rsengine.data.beton.processes import follow_parent
+from rsengine.temporaries import temporary_folder
 
 ROOT = Path(__file__).resolve().parents[3]
 TESTS = ROOT / "tests" / "kernels" / "jit"
@@ -45,8 +45,8 @@ def kernel_tests(tests: Path, seconds: float, processes: int | None = None) -> d
 
     count = processes or min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
     deadline = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        files = [Path(folder) / f"{i}.jsonl" for i in range(count)]
+    with temporary_folder("check") as folder, contextlib.ExitStack() as stack:
+        files = [folder / f"{i}.jsonl" for i in range(count)]
         command = [sys.executable, "-m", "pytest", str(tests), "-q", "-p", "no:cacheprovider"]
         running = [
             subprocess.Popen(
@@ -113,8 +113,8 @@ def benchmark(function: str, seconds: float) -> dict[str, Any]:
     """One function of ``bench/test_kernels.py``, without the slow rows of ``torch.compile``."""
     if importlib.util.find_spec("pytest_benchmark") is None:
         return {"left_out": "pytest-benchmark is not installed"}
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "benchmarks.json"
+    with temporary_folder("check") as folder:
+        out = folder / "benchmarks.json"
         command = [sys.executable, "-m", "pytest", f"bench/test_kernels.py::{function}", "--benchmark-only", "-q"]
         options = ["-m", "not slow", "-p", "no:cacheprovider", f"--benchmark-json={out}"]
         process = subprocess.Popen([*command, *options], cwd=ROOT, preexec_fn=die_with_this_process())

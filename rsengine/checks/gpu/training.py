@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from rsengine.data.find import VARIABLE
 from rsengine.data.sources.open import DIGITS
 from rsengine.run.files import METRICS_FILE
 from rsengine.run.log import EPOCH, START, accuracy
+from rsengine.temporaries import temporary_folder
 
 GOAL = 0.9119  # on CIFAR-10: the test accuracy of the report that this project grew out of
 DRY_RUN = ("--set", "train.limit_train_batches=4", "--epochs", "2")
@@ -37,18 +37,18 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
         return {"left_out": "FFCV is not installed, and converting a data set needs it"}
     dry_run = () if setup.device.is_gpu else DRY_RUN
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder("check") as folder:
         if row in CANDIDATES:
             source = os.environ.get(VARIABLE) or (DIGITS if dry_run else "")
             if not source or (Path(source) / DESCRIPTION).exists():
                 return {"left_out": f"{VARIABLE} does not name a source to take a validation split of"}
-            dataset = convert(source, Path(folder) / "data", validation=VALIDATION, log=setup.log)
+            dataset = convert(source, folder / "data", validation=VALIDATION, log=setup.log)
         else:
             dataset = find_dataset("digits" if dry_run else None, fallback_digits=True, log=setup.log)
         conversion = time.monotonic() - started  # not a part of the run's time to its first step
         command = [sys.executable, "-m", "rsengine.train", *ARGUMENTS[row], "--data", str(dataset.folder)]
         command += ["--device", setup.device.device.type, *dry_run]
-        out, printed = Path(folder) / "run", Path(folder) / "output"
+        out, printed = folder / "run", folder / "output"
         with printed.open("wb") as output:
             process = subprocess.Popen(
                 [*command, "--out", str(out)],
