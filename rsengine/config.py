@@ -7,6 +7,7 @@ match, before anything else happens.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -26,6 +27,7 @@ from rsengine.schedule import SCHEDULES
 PRECISIONS = ("auto", "bf16", "fp32")
 OPTIMIZERS = ("sgd", "muon")
 LOADERS = ("ffcv", "resident")
+MOST_EPOCHS = 100_000
 
 
 class RecipeError(UserError, ValueError):
@@ -50,12 +52,25 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number(default: float, low: float, high: float = float("inf"), *, integer: bool = False, help: str) -> Any:
+def _number(
+    default: float,
+    low: float,
+    high: float | None = None,
+    *,
+    most: float = 1_000_000,
+    integer: bool = False,
+    help: str,
+) -> Any:
+    """A number from ``low`` to ``high``; or, without that, to ``most``, which no run needs and a machine can bear."""
     kind = "an integer" if integer else "a number"
-    expected = f"{kind} >= {low:g}" if high == float("inf") else f"{kind} from {low:g} to {high:g}"
+    expected = f"{kind} >= {low:g}" if high is None else f"{kind} from {low:g} to {high:g}"
 
     def allowed(value: Any) -> bool:
-        return (_is_integer(value) or (isinstance(value, float) and not integer)) and low <= value <= high
+        if not (_is_integer(value) or (isinstance(value, float) and not integer)):
+            return False
+        if high is None and value > most:
+            raise RecipeError(f"{kind} from {low:g} to {most:,}")
+        return low <= value and (high is None or value <= high)  # false for NaN
 
     return _setting(default, expected, allowed, f"{help} ({expected})")
 
@@ -69,17 +84,24 @@ def _flag(default: bool, *, help: str) -> Any:
     return _setting(default, "true or false", lambda value: isinstance(value, bool), f"{help} (true or false)")
 
 
-def _integers(default: tuple[int, ...], low: int, *, help: str) -> Any:
+def _integers(default: tuple[int, ...], low: int, most: int, *, longest: int = 100, help: str) -> Any:
     expected = f"a list of integers >= {low}"
 
     def allowed(value: Any) -> bool:
-        return isinstance(value, list | tuple) and all(_is_integer(v) and v >= low for v in value)
+        if not isinstance(value, list | tuple) or not all(_is_integer(v) and v >= low for v in value):
+            return False
+        if len(value) > longest or any(v > most for v in value):
+            raise RecipeError(f"a list of at most {longest} integers from {low} to {most:,}")
+        return True
 
     return _setting(default, expected, allowed, f"{help} ({expected})")
 
 
 def _text(default: str, *, help: str) -> Any:
-    return _setting(default, "text", lambda value: isinstance(value, str), help)
+    def allowed(value: Any) -> bool:
+        return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+    return _setting(default, "text in UTF-8", allowed, help)
 
 
 # --- the sections ---------------------------------------------------------------------------------------------------
@@ -90,11 +112,11 @@ class ModelSection:
     """Arguments of :func:`rsengine.model.resnet_rs`, which documents them."""
 
     depth: int = _number(50, 0, integer=True, help="ResNet-RS depth")
-    blocks: tuple[int, ...] = _integers((), 1, help="blocks a stage; empty: those of `depth`")
-    stem_width: int = _number(32, 1, integer=True, help="channels of the first stem convolutions")
+    blocks: tuple[int, ...] = _integers((), 1, 1000, help="blocks a stage; empty: those of `depth`")
+    stem_width: int = _number(32, 1, most=4096, integer=True, help="channels of the first stem convolutions")
     stem_stride: int = _number(2, 1, 2, integer=True, help="stride of the first stem convolution")
     stem_pool_stride: int = _number(2, 1, 2, integer=True, help="stride of the convolution in place of the max-pool")
-    width_multiplier: float = _number(1.0, 0.01, help="scales the widths of the stages")
+    width_multiplier: float = _number(1.0, 0.01, most=16, help="scales the widths of the stages")
     se_ratio: float = _number(0.25, 0.001, 1.0, help="squeeze-and-excite hidden channels over output channels")
     drop_path: float = _number(0.0, 0.0, 0.99, help="rate of stochastic depth")
     drop_path_rule: str = _choice("tf", DROP_PATH_RULES, help="how the rate is spread over the blocks")
@@ -124,11 +146,15 @@ class ScheduleSection:
 
     name: str = _choice("cosine", SCHEDULES, help="shape of the learning rate")
     learning_rate: float = _number(0.1, 0.0, 100.0, help="peak learning rate")
-    warmup_epochs: float = _number(0.0, 0.0, help="linear warm-up")
+    warmup_epochs: float = _number(0.0, 0.0, most=MOST_EPOCHS, help="linear warm-up")
     final_fraction: float = _number(0.0, 0.0, 1.0, help="cosine, one_cycle: last learning rate over the peak")
-    restart_epochs: float = _number(50.0, 0.001, help="cosine_restarts: epochs in the first cycle (T0)")
-    restart_multiplier: float = _number(1.0, 1.0, help="cosine_restarts: growth of each cycle over the last")
-    milestones: tuple[int, ...] = _integers((40, 80, 120), 1, help="multistep: epochs at which the rate falls")
+    restart_epochs: float = _number(
+        50.0, 0.001, most=MOST_EPOCHS, help="cosine_restarts: epochs in the first cycle (T0)"
+    )
+    restart_multiplier: float = _number(1.0, 1.0, most=1000, help="cosine_restarts: growth of each cycle over the last")
+    milestones: tuple[int, ...] = _integers(
+        (40, 80, 120), 1, MOST_EPOCHS, help="multistep: epochs at which the rate falls"
+    )
     gamma: float = _number(0.2, 0.0, 1.0, help="multistep: factor at each milestone")
     start_fraction: float = _number(0.04, 0.0, 1.0, help="one_cycle: first learning rate over the peak")
     peak_fraction: float = _number(0.3, 0.01, 0.99, help="one_cycle: where the peak lies, as a fraction of the run")
@@ -149,7 +175,7 @@ class AugmentSection:
     batch in the step (:mod:`rsengine.augment.mixup`). With mixup and cutmix both on, each batch gets one of them at
     random."""
 
-    crop_padding: int = _number(4, 0, integer=True, help="pad by this many pixels and crop back; 0: no crop")
+    crop_padding: int = _number(4, 0, most=1000, integer=True, help="pad by this many pixels and crop back; 0: no crop")
     crop_mode: str = _choice("zero", CROP_MODES, help="pad with black, or with the image mirrored at its border")
     flip: bool = _flag(True, help="mirror left to right with probability one half")
     alternating_flip: bool = _flag(False, help="with flip: mirror each image in every other epoch, not at random")
@@ -158,16 +184,16 @@ class AugmentSection:
         "nearest", INTERPOLATIONS, help="of the policy's shears, translations and rotations"
     )
     policy_fill: str = _choice("zero", FILLS, help="fill colour of the policy's geometric operations")
-    randaugment_ops: int = _number(2, 1, integer=True, help="randaugment: N, operations an image")
+    randaugment_ops: int = _number(2, 1, most=100, integer=True, help="randaugment: N, operations an image")
     randaugment_magnitude: float = _number(9.0, 0.0, 30.0, help="randaugment: M, a bin of 31; if increasing, of 10")
-    randaugment_std: float = _number(0.0, 0.0, help="randaugment: standard deviation of the magnitude")
+    randaugment_std: float = _number(0.0, 0.0, most=1000, help="randaugment: standard deviation of the magnitude")
     randaugment_increasing: bool = _flag(False, help="randaugment: timm's inc1 operations and ranges")
     augmix_severity: int = _number(3, 1, 10, integer=True, help="augmix: largest magnitude, of 10")
-    cutout_holes: int = _number(0, 0, integer=True, help="squares blanked; 0: no Cutout")
-    cutout_size: int = _number(8, 1, integer=True, help="side of the Cutout squares in pixels")
+    cutout_holes: int = _number(0, 0, most=1000, integer=True, help="squares blanked; 0: no Cutout")
+    cutout_size: int = _number(8, 1, most=10_000, integer=True, help="side of the Cutout squares in pixels")
     cutout_fill: str = _choice("mean", FILLS, help="colour of the Cutout squares")
-    mixup_alpha: float = _number(0.0, 0.0, help="mixup with shares from Beta(alpha, alpha); 0: no mixup")
-    cutmix_alpha: float = _number(0.0, 0.0, help="cutmix with shares from Beta(alpha, alpha); 0: no cutmix")
+    mixup_alpha: float = _number(0.0, 0.0, most=1000, help="mixup with shares from Beta(alpha, alpha); 0: no mixup")
+    cutmix_alpha: float = _number(0.0, 0.0, most=1000, help="cutmix with shares from Beta(alpha, alpha); 0: no cutmix")
 
     @property
     def mixes(self) -> bool:
@@ -179,12 +205,12 @@ class AugmentSection:
 class TrainSection:
     """The loop."""
 
-    epochs: int = _number(10, 1, integer=True, help="passes over the training set")
-    batch_size: int = _number(128, 2, integer=True, help="images a step")
+    epochs: int = _number(10, 1, most=MOST_EPOCHS, integer=True, help="passes over the training set")
+    batch_size: int = _number(128, 2, most=100_000, integer=True, help="images a step")
     micro_batches: int = _number(
         1, 1, integer=True, help="parts of a batch that go through the network in turn; batch norm sees one part"
     )
-    eval_batch_size: int = _number(500, 1, integer=True, help="images a batch in evaluation")
+    eval_batch_size: int = _number(500, 1, most=100_000, integer=True, help="images a batch in evaluation")
     evaluate_every: int = _number(1, 1, integer=True, help="epochs between evaluations; the last epoch has one")
     start_scale: float = _number(1.0, 0.1, 1.0, help="side of training images in the first epoch over their full side")
     full_scale_from: float = _number(0.6, 0.0, 1.0, help="fraction of the run after which images have their full size")
@@ -287,11 +313,11 @@ def recipe_names() -> list[str]:
 
 def load_recipe(name_or_path: str) -> Recipe:
     """A shipped recipe by name, or any other by the path of its TOML file. Raises :class:`RecipeError`."""
-    if name_or_path.endswith(".toml"):
+    if name_or_path.lower().endswith(".toml"):
         path = Path(name_or_path)
         if not path.is_file():
             raise RecipeError(f"--recipe {name_or_path}: no such file")
-        return Recipe.from_toml(path.read_text(encoding="utf-8"), name_or_path)
+        return Recipe.from_toml(_decoded(path.read_bytes(), name_or_path), name_or_path)
     names = recipe_names()
     if name_or_path not in names:
         nearest = _nearest(name_or_path, names)
@@ -322,18 +348,50 @@ def _shipped() -> Traversable:
     return resources.files("rsengine") / "recipes"
 
 
+def _decoded(data: bytes, origin: str) -> str:
+    """The text of a recipe file: UTF-8, or what its byte-order mark says, as editors and shells of Windows write it."""
+    marks = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"))
+    marks += ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # after UTF-32, which begins alike
+    encoding = next((name for mark, name in marks if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise RecipeError(f"{origin}: line {line} is not {encoding} text; save the file as UTF-8") from error
+    if "\0" in text:
+        raise RecipeError(f"{origin}: not UTF-8 text (it holds zeros, as UTF-16 does); save the file as UTF-8")
+    return text
+
+
+def _toml(text: str) -> dict[str, Any]:
+    """Parse TOML. Raises ValueError, also for what the parser gives up on: nested too deep, too many digits."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def _shown(value: Any) -> str:
+    """``value`` in an error line, which it must not fill."""
+    try:
+        words = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits
+        words = f"a value of type {type(value).__name__} too long to show"
+    return words if len(words) <= 200 else words[:200] + "…"
+
+
 def _read(text: str, origin: str, extended_by: tuple[str, ...]) -> Recipe:
     """Parse a recipe that the recipes ``extended_by``, outermost first, extend."""
     try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        values = _toml(text)
+    except ValueError as error:
         raise RecipeError(f"{origin}: not valid TOML: {error}") from error
     if "extends" not in values:
         return Recipe().with_values(values)
     name, chain, names = values.pop("extends"), (*extended_by, origin), recipe_names()
     if name not in names:
         expected = f"extends: expected one of {', '.join(names)}"
-        raise RecipeError(f"{origin}: {expected}; got {name!r}{_nearest(name, names)}")
+        raise RecipeError(f"{origin}: {expected}; got {_shown(name)}{_nearest(name, names)}")
     if name in chain:
         raise RecipeError(f"{origin}: extends: expected no cycle; got {' -> '.join((*chain, name))}")
     base = _read((_shipped() / f"{name}.toml").read_text("utf-8"), name, chain)
@@ -354,14 +412,14 @@ def _replaced(section: Any, values: Mapping[str, Any], prefix: str) -> Any:
         elif isinstance(value, Mapping):
             changes[name] = _replaced(getattr(section, name), value, f"{prefix}{name}.")
         else:
-            raise RecipeError(f"{prefix}{name}: expected a section [{name}]; got {value!r}")
+            raise RecipeError(f"{prefix}{name}: expected a section [{name}]; got {_shown(value)}")
     return replace(section, **changes)
 
 
 def _parsed(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return _toml(f"value = {text}")["value"]
+    except ValueError:
         return text  # bare words are text: schedule.name=cosine
 
 
@@ -371,7 +429,7 @@ def _checked(key: str, spec: Any, value: Any) -> Any:
         return check(value)
     except RecipeError as error:
         nearest = _nearest(value, spec.metadata.get("choices", ()))
-        raise RecipeError(f"{key}: expected {error}; got {value!r}{nearest}") from None
+        raise RecipeError(f"{key}: expected {error}; got {_shown(value)}{nearest}") from None
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:
@@ -383,7 +441,8 @@ def _unknown(key: str, known: Iterable[str]) -> str:
 
 
 def _nearest(value: Any, choices: Iterable[str], cutoff: float = 0.6) -> str:
-    matches = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=cutoff)
+    given = value if isinstance(value, str) else _shown(value)
+    matches = difflib.get_close_matches(given[:200], list(choices), n=1, cutoff=cutoff)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from rsengine.errors import SettingsError
 
 SCHEDULES = ("cosine", "cosine_restarts", "multistep", "one_cycle", "constant")
+MOST_STEPS = 20_000_000  # of a run: each has an entry in tables of float64
 
 
 def learning_rate_table(
@@ -54,6 +55,11 @@ def learning_rate_table(
     if epochs < 1 or steps_per_epoch < 1:
         raise ValueError(f"epochs, steps_per_epoch: expected at least 1; got {epochs}, {steps_per_epoch}")
     total = epochs * steps_per_epoch
+    if total > MOST_STEPS:
+        raise SettingsError(
+            f"train.epochs: {epochs:,} epochs of {steps_per_epoch:,} steps are more than {MOST_STEPS:,} steps; "
+            f"ask for fewer"
+        )
     warmup = round(warmup_epochs * steps_per_epoch)
     if not 0 <= warmup < total:
         raise SettingsError(f"warmup_epochs: expected fewer than the run's {epochs} epochs; got {warmup_epochs:g}")

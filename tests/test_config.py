@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from rsengine.config import Recipe, RecipeError, describe, load_recipe, recipe_names
+from rsengine.config import Recipe, RecipeError, _leaves, describe, load_recipe, recipe_names
 from rsengine.engine.build import build_model
 from rsengine.model import resnet_rs
 from rsengine.schedule import learning_rate_table
@@ -95,6 +95,81 @@ def test_wrong_settings_are_named_with_what_is_allowed(setting, words):
         Recipe().with_settings([setting])
     assert re.search(words.replace("?", r"\?"), str(caught.value))
     assert "\n" not in str(caught.value)
+
+
+NUMBERS = [key for key, _, value in _leaves(Recipe()) if type(value) in (int, float)]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize(
+    "value", ["inf", "-inf", "nan", "1e300", "10000000000000", "0x" + "f" * 5000, "-" + "9" * 400, "[1]"], ids=str
+)
+def test_every_number_has_bounds(key, value):
+    with pytest.raises(RecipeError) as caught:
+        Recipe().with_settings([f"{key}={value}"])
+    assert str(caught.value).startswith(f"{key}: expected a") and len(str(caught.value)) < 400
+    section, _, name = key.partition(".")
+    with pytest.raises(RecipeError, match=key):
+        Recipe.from_toml(f"[{section}]\n{name} = {value}")
+
+
+@pytest.mark.parametrize("value", ["[10000000000000]", f"[{'1, ' * 101}]", "[1.0]", "[inf]", "[0]"])
+@pytest.mark.parametrize("key", ["model.blocks", "schedule.milestones"])
+def test_every_list_has_bounds(key, value):
+    with pytest.raises(RecipeError, match=f"{key}: expected a list of .*integers"):
+        Recipe().with_settings([f"{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("schedule.warmup_epochs=inf", "schedule.warmup_epochs: expected a number from 0 to 100,000; got inf"),
+        ("train.epochs=10000000000000", "train.epochs: expected an integer from 1 to 100,000; got 10000000000000"),
+        ("schedule.name=0x" + "f" * 5000, "schedule.name: expected one of cosine, "),
+        ("name=\udcff", "name: expected text in UTF-8"),
+        ("name=" + "[" * 5000, None),  # text, like all that is not TOML
+    ],
+    ids=["inf", "huge", "digits", "bytes", "deep"],
+)
+def test_what_is_beyond_reason_is_refused_in_a_line(setting, words):
+    if words is None:
+        assert Recipe().with_settings([setting]).name == setting[5:]
+        return
+    with pytest.raises(RecipeError, match=words) as caught:
+        Recipe().with_settings([setting])
+    assert len(str(caught.value)) < 400
+
+
+TEXT = '# é\nname = "ü"\n[train]\nepochs = 3\n'
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("suffix", [".toml", ".TOML", ".Toml"])
+def test_recipes_are_read_as_shells_and_editors_write_them(tmp_path, encoding, suffix):
+    path = tmp_path / f"mine{suffix}"
+    path.write_text(TEXT, encoding=encoding, newline="\r\n")
+    recipe = load_recipe(str(path))
+    assert (recipe.name, recipe.train.epochs) == ("ü", 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (TEXT.encode("latin-1"), "line 1 is not utf-8 text; save the file as UTF-8"),
+        (TEXT.replace("é", "e").encode("latin-1"), "line 2 is not utf-8 text"),
+        ("name = 'u'".encode("utf-16-le"), "holds zeros, as UTF-16 does.*; save the file as UTF-8"),
+        (TEXT.encode("utf-16")[:-1], "not utf-16 text; save the file as UTF-8"),
+        (b"a = " + b"[" * 100_000, "not valid TOML: nested too deep"),
+        (b"a = " + b"9" * 5000, "not valid TOML"),
+    ],
+    ids=["latin-1", "latin-1 below", "utf-16 without a mark", "half a utf-16", "deep", "digits"],
+)
+def test_recipes_in_other_encodings_are_named(tmp_path, data, words):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(data)
+    with pytest.raises(RecipeError, match=words) as caught:
+        load_recipe(str(path))
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

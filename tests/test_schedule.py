@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from rsengine.errors import SettingsError
 from rsengine.schedule import SCHEDULES, ema_decay_table, image_size_table, learning_rate_table
 
 PER_EPOCH = 10
@@ -108,3 +109,8 @@ def test_ema_decay_warms_up():
     assert decays[0] == 0.1 and decays[1] == pytest.approx(2 / 11) and decays[-1] == 0.995
     assert (np.diff(decays) >= 0).all()
     assert (ema_decay_table(0.9, 5, warmup=False) == 0.9).all()
+
+
+def test_a_run_of_more_steps_than_a_machine_can_hold_is_refused():
+    with pytest.raises(SettingsError, match="train.epochs: 100,000 epochs of 25,000 steps are more than 20,000,000"):
+        learning_rate_table("constant", learning_rate=0.1, epochs=100_000, steps_per_epoch=25_000)
