@@ -329,6 +329,7 @@ class Trainer:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
         self.log.path.touch()  # where it was lost, what follows is still a log
         self.log.truncate_after(self.steps_done)
+        self.log.check()
         train = self.recipe.train
         evaluated = [n for n in range(1, self.progress.epoch + 1) if n % train.evaluate_every == 0 or n == train.epochs]
         if lost := lost_records(self.log, step=self.steps_done, interval=train.log_interval, evaluated=evaluated):

@@ -336,6 +336,22 @@ def test_a_refused_run_leaves_no_folder(toy):
     assert not Path("run").exists()
 
 
+def test_a_power_cut_in_the_log_is_repaired_and_other_damage_named_at_resume(toy, capsys):
+    assert toy("--epochs", "1") == 0
+    metrics = Path("run/metrics.jsonl")
+    whole = metrics.read_bytes()
+    metrics.write_bytes(whole + b"\0" * 4096)
+    assert toy("--epochs", "1", "--resume") == 0 and metrics.read_bytes() == whole
+    capsys.readouterr()
+    metrics.write_bytes(b"\0" * 100 + b"\n" + whole)
+    assert toy("--epochs", "1", "--resume") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: run/metrics.jsonl, line 1: not valid JSON") and error.count("\n") == 1
+    metrics.write_bytes(b'{"kind": "epoch", "step": 3}\n' + whole)
+    assert toy("--epochs", "1", "--resume") == 2
+    assert "run/metrics.jsonl, line 1: epoch is missing or of the wrong type" in capsys.readouterr().err
+
+
 def test_two_runs_into_one_folder_at_once_do_not_mix(toy, capsys):
     holding = "import sys; from pathlib import Path; from rsengine.run.folder import locked\n"
     holding += "with locked(Path('run'), print): print('held', flush=True); sys.stdin.read()"

@@ -1,7 +1,8 @@
 """The run folder's log: one JSON object a line in ``metrics.jsonl``, only ever appended to.
 
 A line without its final newline was torn by a kill and is not a record: readers skip it and the next append cuts it
-off. Any other line that cannot be read is damage, and an error.
+off. Other lines at the end that cannot be read, such as the zeros that a power cut leaves, are skipped too, and go at
+the next resume. A line that cannot be read with records behind it is damage, and an error.
 
 Every record has ``kind`` and ``step`` (optimiser steps done when it was written). The kinds and their fields
 (accuracies are fractions in 0..1; a loss that is not finite, and every EMA field while EMA is off, is null):
@@ -29,11 +30,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rsengine.data.errors import UserError
 from rsengine.run.files import METRICS_FILE, write_atomically, writing
 
 START = "start"
 INTERVAL = "interval"
 EPOCH = "epoch"
+
+
+_NUMBER, _MAYBE = (int, float), (int, float, type(None))
+_SCORES = {"train_loss": _MAYBE, "train_accuracy": _MAYBE, "learning_rate": _NUMBER}
+_TIMES = {"images_per_second": _NUMBER, "seconds": _NUMBER}
+_TESTS = dict.fromkeys(("test_loss", "test_accuracy", "test_loss_ema", "test_accuracy_ema"), _MAYBE)
+_FIELDS = {
+    START: {"time_to_first_step": _NUMBER, "resumed": bool},
+    INTERVAL: {"epoch": _NUMBER, **_SCORES, **_TIMES},
+    EPOCH: {"epoch": int, **_SCORES, **_TIMES, **_TESTS, "epoch_seconds": _NUMBER, "eval_seconds": _NUMBER},
+}
+
+
+class LogError(UserError, ValueError):
+    """A log that cannot be read. The message is one line with the remedy."""
 
 
 class RunLog:
@@ -83,21 +100,21 @@ class RunLog:
         """All records in the order written, or those of one kind; empty when nothing has been logged yet.
 
         Raises:
-            ValueError: a line other than a torn last one is not a record; names the file and the line.
+            LogError: a line with a record behind it is none itself; names the file and the line.
         """
         return [record for _, record in self._lines() if kind is None or record["kind"] == kind]
 
     def truncate_after(self, step: int) -> int:
         """Forget what was logged after optimiser step ``step``, before a resume from there logs it again.
 
-        Drops every record whose ``step`` is greater, one that is there twice, and a torn last line, keeping the order
-        and the bytes of the rest. The new file replaces the old one atomically, so a kill leaves one of the two, whole.
+        Drops every record whose ``step`` is greater, one that is there twice, and torn last lines, keeping the order and
+        the bytes of the rest. The new file replaces the old one atomically, so a kill leaves one of the two, whole.
 
         Returns:
             The number of lines dropped.
 
         Raises:
-            ValueError: a line other than a torn last one is not a record; the file is then left as it is.
+            LogError: a line with a record behind it is none itself; the file is then left as it is.
         """
         if not self.path.exists():
             return 0
@@ -105,27 +122,57 @@ class RunLog:
         doubled = _doubled(lines)
         kept = [line for i, (line, record) in enumerate(lines) if record["step"] <= step and i not in doubled]
         old = self.path.read_bytes()
-        torn = bool(old) and not old.endswith(b"\n")
+        torn = old[sum(len(line) for line, _ in lines) :]  # lines are records up to there
         if len(kept) < len(lines) or torn:
             write_atomically(self.path, b"".join(kept))
-        return len(lines) - len(kept) + torn
+        return len(lines) - len(kept) + len(torn.removesuffix(b"\n").split(b"\n")) * bool(torn)
+
+    def check(self) -> None:
+        """Raise :class:`LogError` unless every record has the fields that curves and report are made of."""
+        for number, (_, record) in enumerate(self._lines(), start=1):
+            for name, kinds in _FIELDS.get(record["kind"], {}).items():
+                if name not in record or not isinstance(record[name], kinds):
+                    raise self._damaged(number, f"{name} is missing or of the wrong type")
 
     def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:
-        """Every whole line, as bytes with its newline and parsed."""
+        """Every record, as the bytes of its line with the newline and parsed; not what a kill or a power cut left
+        behind the last one."""
         if not self.path.exists():
             return []
-        found = []
+        found: list[tuple[bytes, dict[str, Any]]] = []
+        damage = None
         # Split at \n only: splitlines() would also cut at separators that JSON allows inside a string.
         *whole, _torn = self.path.read_bytes().split(b"\n")
         for number, line in enumerate(whole, start=1):
             try:
-                record = json.loads(line)
+                record = _parsed(line)
             except ValueError as error:
-                raise ValueError(f"{self.path}, line {number}: not valid JSON ({error})") from error
-            if not isinstance(record, dict) or "kind" not in record or not isinstance(record.get("step"), int):
-                raise ValueError(f"{self.path}, line {number}: expected an object with kind and an integer step")
+                damage = damage or self._damaged(number, str(error))
+                continue
+            if damage is not None:  # not at the end: a record that somebody will look for is lost
+                raise damage
             found.append((line + b"\n", record))
         return found
+
+    def _damaged(self, number: int, how: str) -> LogError:
+        return LogError(
+            f"{self.path}, line {number}: {how}; take that line out, or move the file away: the checkpoint is "
+            f"independent of it"
+        )
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """The record in a line. Raises ValueError."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error})") from error
+    except RecursionError as error:
+        raise ValueError("not a record (nested too deep)") from error
+    step = record.get("step") if isinstance(record, dict) else None
+    if not isinstance(step, int) or not isinstance(record.get("kind"), str):
+        raise ValueError("expected an object with kind and an integer step")
+    return record
 
 
 def _doubled(lines: list[tuple[bytes, dict[str, Any]]]) -> set[int]:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from rsengine.data.errors import UserError
 from rsengine.run import files
 from rsengine.run import log as runlog
 from rsengine.run.log import RunLog
@@ -87,6 +88,43 @@ def test_damage_before_the_last_line_is_an_error_that_names_the_line(tmp_path, d
     with pytest.raises(ValueError, match="line 2"):
         log.truncate_after(0)
     assert log.path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "tail", [b"\0" * 700, b"\0" * 700 + b"\n", b"\0\n\xff\xfe\n{", b"\n\n", b"[" * 100_000 + b"\n", b'{"kind": 3}\n']
+)
+def test_rubbish_behind_the_last_record_is_skipped_and_goes_at_the_next_resume(tmp_path, tail):
+    """What a power cut leaves: a file as long as it was to become, without its bytes."""
+    log = RunLog(tmp_path)
+    for step in (1, 2, 3):
+        log.append({"kind": "interval", "step": step})
+    whole = log.path.read_bytes()
+    log.path.write_bytes(whole + tail)
+    assert _steps(log) == [1, 2, 3]
+    assert log.truncate_after(3) >= 1
+    assert log.path.read_bytes() == whole
+    log.path.write_bytes(whole + tail)
+    log.truncate_after(2)
+    assert _steps(log) == [1, 2]
+
+
+def test_damage_is_the_user_s_to_know_in_one_line(tmp_path):
+    log = RunLog(tmp_path)
+    log.path.write_bytes(b"\0\0\0\n" + b'{"kind": "interval", "step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: not valid JSON .*; take that line out") as caught:
+        log.records()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "record", [{"kind": "epoch"}, {"kind": "interval", "epoch": "x"}, {"kind": "start", "resumed": None}]
+)
+def test_a_record_that_no_report_can_be_made_of_is_damage(tmp_path, record):
+    log = RunLog(tmp_path)
+    log.append({"kind": "other", "step": 0})
+    log.append(record | {"step": 2})
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: \w+ is missing or of the wrong type"):
+        log.check()
 
 
 def test_truncate_after_drops_the_future_and_keeps_order_and_bytes(tmp_path):
