@@ -16,6 +16,7 @@ from rsengine.config import Recipe, describe, load_recipe, recipe_names
 from rsengine.data import Dataset, find_dataset
 from rsengine.data.errors import UserError
 from rsengine.device import choose_execution, keep_freed_memory
+from rsengine.engine.compiler import check_compiler, compile_errors
 from rsengine.engine.graph import explain_step
 from rsengine.errors import run_command
 from rsengine.kernels import explain
@@ -77,6 +78,8 @@ def _run(arguments: argparse.Namespace, held: contextlib.ExitStack) -> int:
     if execution.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # a run has few shapes: each convolution's algorithm is found by trying
     graph, compile = not arguments.no_graph, arguments.compile
+    if compile:
+        check_compiler(execution)
     trainer = Trainer(recipe, dataset, execution, out or RUNS, graph=graph, compile=compile, say=say)
     if state is not None:
         trainer.restore(state)
@@ -89,7 +92,8 @@ def _run(arguments: argparse.Namespace, held: contextlib.ExitStack) -> int:
         resume += f" --data {shlex.quote(arguments.data)}"
     resume += " --no-graph" * arguments.no_graph + " --compile" * arguments.compile
     _announce(trainer, dataset, explain_step(execution, graph, compile))
-    stopped = trainer.run()
+    with compile_errors() if compile else contextlib.nullcontext():
+        stopped = trainer.run()
     if stopped:  # printed first, and without an evaluation: whoever stops a run should not have to wait
         where = f"step {trainer.steps_done} of {trainer.total_steps}"
         say(f"stopped after {where}; everything is saved. Go on with: {resume}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import errno
 import json
 import os
 import re
@@ -334,6 +335,56 @@ def test_a_run_killed_before_its_first_checkpoint_can_be_started_again(toy):
 def test_a_refused_run_leaves_no_folder(toy):
     assert toy("--set", "train.batch_size=200") == 2
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "words"),
+    [
+        ("/nowhere/g++", "there is no C++ compiler /nowhere/g++; install one, name one in CXX, or leave out --compile"),
+        ("sh -c 'echo fatal error: no headers >&2; exit 1'", "does not work (fatal error: no headers); mend it"),
+        ("false", "the C++ compiler false does not work (silent)"),
+        (os.devnull, f"the C++ compiler {os.devnull} does not work ("),
+    ],
+    ids=["none", "one that fails", "one that says nothing", "no program"],
+)
+def test_without_a_compiler_nothing_is_begun(toy, capsys, monkeypatch, compiler, words):
+    monkeypatch.setenv("CXX", compiler)
+    assert toy("--compile") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --compile: ") and words in error and error.count("\n") == 1
+    assert not Path("run").exists()
+
+
+def test_what_the_compiler_of_pytorch_cannot_do_is_one_line(toy, capsys, monkeypatch):
+    def broken(_module, _inputs):
+        raise ImportError("no such header\nand a hundred lines")
+
+    monkeypatch.setattr(graph_module, "compile_forward", lambda model: model.compile(backend=broken, dynamic=False))
+    assert toy("--epochs", "1", "--compile") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.match("error: --compile: PyTorch cannot compile the network here .*; leave out --compile", error)
+
+
+def test_a_disk_that_fills_up_ends_a_run_in_one_line(toy, toy_dataset, capsys, monkeypatch):
+    assert toy("--epochs", "1", "--set", "train.limit_train_batches=2", out="whole") == 0
+    plain, calls = os.fsync, []
+
+    def filling(descriptor):
+        calls.append(descriptor)
+        if len(calls) > limit:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", filling)
+    for limit in (0, 2, 4, 6):
+        calls.clear()
+        capsys.readouterr()
+        assert toy("--epochs", "1", "--set", "train.limit_train_batches=2", out=f"full{limit}") == 2
+        error = capsys.readouterr().err
+        assert re.match(
+            rf"error: full{limit}/[\w.]+: cannot be written \(No space left on device\): the disk is full", error
+        )
+        assert error.count("\n") == 1 and not list(Path(f"full{limit}").glob(".*"))
 
 
 def test_a_power_cut_in_the_log_is_repaired_and_other_damage_named_at_resume(toy, capsys):
