@@ -7,9 +7,7 @@ match, before anything else happens.
 
 from __future__ import annotations
 
-import codecs
 import difflib
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
@@ -23,6 +21,7 @@ from rsengine.data.errors import UserError
 from rsengine.model import DEPTHS, DROP_PATH_RULES
 from rsengine.model.layers import PRODUCTS
 from rsengine.schedule import SCHEDULES
+from rsengine.text import decode, parse_toml, shown
 
 PRECISIONS = ("auto", "bf16", "fp32")
 OPTIMIZERS = ("sgd", "muon")
@@ -317,7 +316,11 @@ def load_recipe(name_or_path: str) -> Recipe:
         path = Path(name_or_path)
         if not path.is_file():
             raise RecipeError(f"--recipe {name_or_path}: no such file")
-        return Recipe.from_toml(_decoded(path.read_bytes(), name_or_path), name_or_path)
+        try:
+            text = decode(path.read_bytes())
+        except ValueError as error:
+            raise RecipeError(f"{name_or_path}: {error}; save the file as UTF-8") from error
+        return Recipe.from_toml(text, name_or_path)
     names = recipe_names()
     if name_or_path not in names:
         nearest = _nearest(name_or_path, names)
@@ -348,42 +351,10 @@ def _shipped() -> Traversable:
     return resources.files("rsengine") / "recipes"
 
 
-def _decoded(data: bytes, origin: str) -> str:
-    """The text of a recipe file: UTF-8, or what its byte-order mark says, as editors and shells of Windows write it."""
-    marks = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"))
-    marks += ((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # after UTF-32, which begins alike
-    encoding = next((name for mark, name in marks if data.startswith(mark)), "utf-8")
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise RecipeError(f"{origin}: line {line} is not {encoding} text; save the file as UTF-8") from error
-    if "\0" in text:
-        raise RecipeError(f"{origin}: not UTF-8 text (it holds zeros, as UTF-16 does); save the file as UTF-8")
-    return text
-
-
-def _toml(text: str) -> dict[str, Any]:
-    """Parse TOML. Raises ValueError, also for what the parser gives up on: nested too deep, too many digits."""
-    try:
-        return tomllib.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deep") from error
-
-
-def _shown(value: Any) -> str:
-    """``value`` in an error line, which it must not fill."""
-    try:
-        words = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits
-        words = f"a value of type {type(value).__name__} too long to show"
-    return words if len(words) <= 200 else words[:200] + "…"
-
-
 def _read(text: str, origin: str, extended_by: tuple[str, ...]) -> Recipe:
     """Parse a recipe that the recipes ``extended_by``, outermost first, extend."""
     try:
-        values = _toml(text)
+        values = parse_toml(text)
     except ValueError as error:
         raise RecipeError(f"{origin}: not valid TOML: {error}") from error
     if "extends" not in values:
@@ -391,7 +362,7 @@ def _read(text: str, origin: str, extended_by: tuple[str, ...]) -> Recipe:
     name, chain, names = values.pop("extends"), (*extended_by, origin), recipe_names()
     if name not in names:
         expected = f"extends: expected one of {', '.join(names)}"
-        raise RecipeError(f"{origin}: {expected}; got {_shown(name)}{_nearest(name, names)}")
+        raise RecipeError(f"{origin}: {expected}; got {shown(name)}{_nearest(name, names)}")
     if name in chain:
         raise RecipeError(f"{origin}: extends: expected no cycle; got {' -> '.join((*chain, name))}")
     base = _read((_shipped() / f"{name}.toml").read_text("utf-8"), name, chain)
@@ -412,13 +383,13 @@ def _replaced(section: Any, values: Mapping[str, Any], prefix: str) -> Any:
         elif isinstance(value, Mapping):
             changes[name] = _replaced(getattr(section, name), value, f"{prefix}{name}.")
         else:
-            raise RecipeError(f"{prefix}{name}: expected a section [{name}]; got {_shown(value)}")
+            raise RecipeError(f"{prefix}{name}: expected a section [{name}]; got {shown(value)}")
     return replace(section, **changes)
 
 
 def _parsed(text: str) -> Any:
     try:
-        return _toml(f"value = {text}")["value"]
+        return parse_toml(f"value = {text}")["value"]
     except ValueError:
         return text  # bare words are text: schedule.name=cosine
 
@@ -429,7 +400,7 @@ def _checked(key: str, spec: Any, value: Any) -> Any:
         return check(value)
     except RecipeError as error:
         nearest = _nearest(value, spec.metadata.get("choices", ()))
-        raise RecipeError(f"{key}: expected {error}; got {_shown(value)}{nearest}") from None
+        raise RecipeError(f"{key}: expected {error}; got {shown(value)}{nearest}") from None
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:
@@ -441,7 +412,7 @@ def _unknown(key: str, known: Iterable[str]) -> str:
 
 
 def _nearest(value: Any, choices: Iterable[str], cutoff: float = 0.6) -> str:
-    given = value if isinstance(value, str) else _shown(value)
+    given = value if isinstance(value, str) else shown(value)
     matches = difflib.get_close_matches(given[:200], list(choices), n=1, cutoff=cutoff)
     return f"; did you mean {matches[0]}?" if matches else ""
 

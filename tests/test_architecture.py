@@ -15,7 +15,7 @@ LOWEST = {"cache", "disk", "output", "processor", "temporaries"}
 LEVELS = [
     LOWEST,
     {"kernels", "data"},
-    {"schedule", "device", "errors"},
+    {"schedule", "device", "errors", "text"},
     {"model", "augment"},
     {"config"},
     {"engine", "input", "run", "checks"},

@@ -107,8 +107,8 @@ class RunLog:
     def truncate_after(self, step: int) -> int:
         """Forget what was logged after optimiser step ``step``, before a resume from there logs it again.
 
-        Drops every record whose ``step`` is greater, one that is there twice, and torn last lines, keeping the order and
-        the bytes of the rest. The new file replaces the old one atomically, so a kill leaves one of the two, whole.
+        Drops every record whose ``step`` is greater, one that is there twice, and torn last lines. Order and bytes of
+        the rest stay. The new file replaces the old one atomically, so a kill leaves one of the two, whole.
 
         Returns:
             The number of lines dropped.

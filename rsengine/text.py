@@ -1,0 +1,50 @@
+"""Text as users write it: any encoding that says what it is, TOML that may be anything, values to show in one line."""
+
+from __future__ import annotations
+
+import codecs
+import tomllib
+from typing import Any
+
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_LONGEST = 200  # characters of a value in an error line
+
+
+def decode(data: bytes) -> str:
+    """The text of a file: UTF-8, or what its byte-order mark says, as editors and shells of Windows write it.
+
+    Raises:
+        ValueError: it is neither; a phrase that says where.
+    """
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"line {line} is not {encoding} text") from error
+    if "\0" in text:
+        raise ValueError("not UTF-8 text (it holds zeros, as UTF-16 does)")
+    return text
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Parse TOML. Raises ValueError, also for what the parser gives up on: nested too deep, too many digits."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def shown(value: Any) -> str:
+    """``value`` in an error line, which it must not fill."""
+    try:
+        words = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits
+        words = f"a value of type {type(value).__name__} too long to show"
+    return words if len(words) <= _LONGEST else words[:_LONGEST] + "…"
