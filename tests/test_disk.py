@@ -2,9 +2,12 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
+from rsengine import temporaries
 from rsengine.data import convert
 from rsengine.disk import sync
 from rsengine.run.files import write_atomically
@@ -34,6 +37,20 @@ def test_a_file_system_that_cannot_flush_is_no_fault(refusing, tmp_path, number)
 def test_neither_is_it_in_a_conversion(refusing, tmp_path):
     refusing(errno.EINVAL)
     assert convert("digits", tmp_path / "out", progress=False, log=lambda line: None).train_count == 1438
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_conversion_needs_no_locks_of_its_file_system(monkeypatch, tmp_path, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(temporaries.fcntl, "flock", refuse)
+    assert convert("digits", tmp_path / "out", progress=False, log=lambda line: None).train_count == 1438
+
+
+def test_the_package_is_imported_where_the_system_has_no_locks():
+    code = "import sys; sys.modules['fcntl'] = None; import rsengine.data, rsengine.run.folder"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
