@@ -158,7 +158,6 @@ def text(results: dict[str, list[tuple[Point, dict]]]) -> str:
             gflops = 6 * found["multiply_adds"] * rate / 1e9
             memory, start = found["peak_bytes"] / 2**30, found["start_seconds"]
             lines.append(f"| {name} | {rate:.1f} | {gflops:.0f} | {memory:.2f} | {start:.1f} |")
-    lines += ["", "What an H100 would allow, predicted from the operators of a step: [launches.md](launches.md)."]
     return "\n".join(lines) + "\n"
 
 

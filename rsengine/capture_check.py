@@ -8,7 +8,9 @@ import sys
 from rsengine.checks.capture import STEPS, check_recipe
 from rsengine.checks.launches import launch_table
 from rsengine.config import load_recipe, recipe_names
-from rsengine.errors import run_command
+from rsengine.errors import SettingsError, run_command
+
+LARGEST = 4096  # pixels a side, or classes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +29,9 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.launch_table:
         print(launch_table(), end="")
         return 0
+    for option, value, least in (("--image-size", arguments.image_size, 8), ("--classes", arguments.classes, 2)):
+        if not least <= value <= LARGEST:
+            raise SettingsError(f"{option}: expected {least} to {LARGEST}; got {value}")
     recipe = load_recipe(arguments.recipe).with_settings(arguments.set)
     reports = check_recipe(recipe, (arguments.image_size, arguments.image_size), arguments.classes)
     print(f"capture check of {recipe.name}, {STEPS} steps on a fake device")

@@ -148,7 +148,8 @@ def _saved(arguments: argparse.Namespace, out: Path) -> tuple[dict[str, Any], Re
     differences = asked.with_settings(_settings(arguments)).differences(saved)
     if differences:
         raise UsageError(
-            f"--resume: the run's recipe cannot change ({'; '.join(differences)}); leave these out or start anew"
+            f"--resume: the run's recipe cannot change ({'; '.join(differences)}); leave "
+            f"{'--recipe, which gives these, ' if arguments.recipe else 'these '}out or start anew"
         )
     return state, saved
 

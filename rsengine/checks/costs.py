@@ -43,7 +43,7 @@ class Prediction:
 def predict(operations: Sequence[Operation]) -> Prediction:
     """Add up a step. Bytes are counted as if no operator found any of them in a cache."""
     work = [operation for operation in operations if operation.launches]
-    costs = [(kernels_of(operation), operation.bytes + _read_again(operation), operation.flops) for operation in work]
+    costs = [(kernels_of(operation), operation.bytes + _more(operation), operation.flops) for operation in work]
     seconds = [max(kernels * LAUNCH_SECONDS, moved / H100_BYTES, flops / H100_FLOPS) for kernels, moved, flops in costs]
     kernels, moved, flops = (sum(column) for column in zip(*costs, strict=True))
     return Prediction(len(work), kernels, moved, flops, sum(seconds))
@@ -119,9 +119,12 @@ OWN: dict[str, Callable[[list[Operand]], int]] = {
 }
 
 
-def _read_again(operation: Operation) -> int:
-    """Bytes of maps that pass a second time, beside :attr:`Operation.bytes`."""
+def _more(operation: Operation) -> int:
+    """Bytes that pass beside :attr:`Operation.bytes`: maps that are read a second time, less what is never read."""
     operands, name = _operands(operation), operation.name.removeprefix("rsengine.")
+    if name == "augment_batch":  # of the whole set it reads the images that the indices name
+        images, indices = operands[:2]
+        return images.nbytes * indices.shape[0] // images.shape[0] - images.nbytes
     if name == "batch_norm" and not _norm_plan(operands[0]).is_single_pass:
         return operands[0].nbytes
     if name == "batch_norm_backward" and not _norm_plan(operands[1]).is_single_pass:

@@ -104,3 +104,9 @@ def test_a_step_takes_the_largest_of_its_times_operator_by_operator():
     found = predict([small, view, large])
     assert (found.operators, found.kernels, found.bytes) == (2, 2, 12 + int(H100_BYTES))
     assert found.seconds == pytest.approx(LAUNCH_SECONDS + 1)
+
+
+def test_of_resident_data_only_a_batch_is_read():
+    images, indices = torch.zeros(1000, 4, 4, 3, dtype=torch.uint8), torch.zeros(10, dtype=torch.int64)
+    moved = images.nbytes + indices.nbytes + 960
+    assert predict([operation("rsengine.augment_batch", images, indices, nbytes=moved)]).bytes == 480 + 80 + 960
