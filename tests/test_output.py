@@ -71,12 +71,12 @@ def test_streams_that_are_not_the_process_s_own_stay(capsys):
 COMMANDS = [
     ("-m", "rsengine.train", "--list-settings"),
     ("-m", "rsengine.train", "--data", "digits", "--recipe", "digits", "--epochs", "1", "--limit-train-batches", "2"),
-    ("-m", "rsengine.capture_check", "--launch-table"),
+    pytest.param(("-m", "rsengine.capture_check", "--launch-table"), marks=pytest.mark.thorough),
     ("data/convert.py", "digits", "--out", "{folder}/converted"),
 ]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: " ".join(words))
 def test_every_command_outlives_its_readers(tmp_path, command):
     root = Path(__file__).parent.parent
     words = [word.format(folder=tmp_path) for word in command]

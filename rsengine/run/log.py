@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from rsengine.data.errors import UserError
+from rsengine.disk import sync
 from rsengine.run.files import METRICS_FILE, write_atomically, writing
 
 START = "start"
@@ -91,10 +92,14 @@ class RunLog:
                 line = line[file.write(line) :]
 
     def sync(self) -> None:
-        """Have the disk hold what was appended. A checkpoint that counts on it is written afterwards."""
+        """Have the disk hold what was appended. A checkpoint that counts on it is written afterwards.
+
+        Raises:
+            WriteError: the disk refuses it.
+        """
         if self.path.exists():
-            with open(self.path, "rb") as file:
-                os.fsync(file.fileno())
+            with writing(self.path):
+                sync(self.path)
 
     def records(self, kind: str | None = None) -> list[dict[str, Any]]:
         """All records in the order written, or those of one kind; empty when nothing has been logged yet.

@@ -290,6 +290,7 @@ def losses_of_300_steps(precision):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_changed_precision_trains_as_float32_does():
     """300 steps of matched training loss: bfloat16 autocast, and batch norm in C, against float32 by PyTorch."""
     with eager_only():

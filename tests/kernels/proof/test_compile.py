@@ -93,12 +93,14 @@ def traffic():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_bytes_counted_equal_the_expected(traffic):
     assert set(traffic) == set(CASES)
     wrong = {name: compile_report.miscounted(counts["streams"]) for name, counts in traffic.items()}
     assert not {name: lines for name, lines in wrong.items() if lines}
 
 
+@pytest.mark.thorough
 def test_the_longest_program_of_each_launch_is_seen(traffic):
     """Of the single pass the one program reads the weights, (64, 256) twice in float32, beside its maps."""
     single, split = (
@@ -124,6 +126,7 @@ def test_miscounted_bytes_are_named():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_committed_report_is_current(traffic):
     """Every table of docs/compile_report.md is what the kernels compile to now."""
     report = (Path(__file__).parents[3] / compile_report.OUT).read_text()
