@@ -25,7 +25,7 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
     """``row``: ``"float32"`` or ``"bfloat16"``."""
     device, recipe, bf16 = setup.device, setup.recipe(), row == "bfloat16"
     batches = device_batches(recipe, device)
-    steps = [make_step(recipe, device, bf16=bf16, graph=graph) for graph in (False, True)]
+    steps = [make_step(recipe, device, bf16=bf16) for _ in range(2)]
     curves: list[list[float]] = [[], []]
     first: dict[str, Any] | None = None
     with exact_convolutions():

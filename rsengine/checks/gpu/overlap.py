@@ -11,7 +11,7 @@ from rsengine.checks.gpu.steps import capture, host_batches, make_step
 
 def measure(row: str, setup: Setup) -> dict[str, Any]:
     recipe = setup.recipe()
-    step = make_step(recipe, setup.device, bf16=True, graph=True)
+    step = make_step(recipe, setup.device, bf16=True)
     run, batches = capture(step, setup.device, recipe), host_batches(recipe) * 3
     feeder = setup.device.feeder(recipe.train.batch_size)
 

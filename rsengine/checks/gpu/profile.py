@@ -43,7 +43,7 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
     name, _, batch = row.partition(", batch ")
     device = setup.device
     recipe = load_recipe(name).with_settings([f"train.batch_size={batch}", *setup.settings])
-    step = make_step(recipe, device, bf16=True, graph=True)
+    step = make_step(recipe, device, bf16=True)
     (inputs,) = device_batches(recipe, device, 1)
     replay = capture(step, device, recipe)
     for _ in range(3):

@@ -23,7 +23,7 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
 def masks(setup: Setup) -> dict[str, Any]:
     """Dropout and stochastic depth differ between two replays from one state."""
     device, recipe = setup.device, setup.recipe("model.dropout=0.25", "model.drop_path=0.2")
-    step = make_step(recipe, device, bf16=False, graph=True)
+    step = make_step(recipe, device, bf16=False)
     run, (batch,) = capture(step, device, recipe), device_batches(recipe, device, 1)
     state, results = [t.clone() for t in step.state_tensors()], []
     for _ in range(2):

@@ -22,8 +22,8 @@ MEAN, STD, CLASSES = (0.5,) * 3, (0.25,) * 3, 10
 STEPS_PER_EPOCH, KEPT_BATCHES = 200, 8
 
 
-def make_step(recipe: Recipe, device: Device, *, bf16: bool, graph: bool) -> TrainStep:
-    """A step of ``recipe``, with weights drawn from its seed. ``graph``: it will be captured."""
+def make_step(recipe: Recipe, device: Device, *, bf16: bool) -> TrainStep:
+    """A step of ``recipe``, with weights drawn from its seed."""
     torch.manual_seed(recipe.train.seed)
     execution = execution_on(device, bf16)
     data = resident_batches(recipe, device, bf16) if recipe.train.loader == "resident" else None
@@ -79,7 +79,7 @@ class Way:
         """A callable that does one step on a batch already on the device, after three calls to warm up."""
         loader, convolutions = "resident" if self.resident else "ffcv", "products" if self.products else "auto"
         recipe = recipe.with_settings([f"train.loader={loader}", f"train.convolutions={convolutions}"])
-        step = make_step(recipe, device, bf16=True, graph=self.graph)
+        step = make_step(recipe, device, bf16=True)
         if self.compile:
             compile_forward(step.model)
         inputs = () if self.resident else device_batches(recipe, device, 1)[0]
