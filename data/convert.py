@@ -2,8 +2,8 @@
 
     python data/convert.py SOURCE --out DIR
 
-SOURCE is an official CIFAR-10 or CIFAR-100 archive or folder (python or binary version), a Parquet file or a folder of
-them, class folders or a tar or zip of them, or the word `digits`.
+SOURCE is an official CIFAR-10 or CIFAR-100 archive or folder, Parquet files, class folders,
+an archive of any of these, or the word `digits`; see docs/data.md.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def convert(
     image_format: str = "raw",
     test_fraction: float | None = None,
     validation: float | None = None,
+    label_column: str | None = None,
     seed: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
@@ -66,6 +67,7 @@ def convert(
         image_format: "raw" (exact), or "jpg" (JPEG of quality 95: smaller, not exact).
         test_fraction: share of every class to test on where the source has no test set; default 0.1, for digits 0.2.
         validation: share of every class of the training set that becomes the test set in place of the source's own.
+        label_column: the column of a Parquet file that holds the labels, where more than one may.
         seed: chooses those samples.
         workers: processes that decode; default one a processor.
         overwrite: replace a converted data set in `out`.
@@ -86,7 +88,15 @@ def convert(
         with staged_folder(out, overwrite=overwrite) as folder:
             scratch = folder / "scratch"
             scratch.mkdir()
-            opened = open_source(source, scratch, verify=verify, test_fraction=test_fraction, seed=seed, log=log)
+            opened = open_source(
+                source,
+                scratch,
+                verify=verify,
+                test_fraction=test_fraction,
+                label_column=label_column,
+                seed=seed,
+                log=log,
+            )
             if validation is not None:
                 opened = with_validation(opened, validation, seed)
             _check(opened, source)
@@ -104,7 +114,7 @@ def convert(
                 left.unlink()
             scratch.rmdir()
             options = {"size": size, "verify": verify, "test_fraction": test_fraction}
-            options |= {"validation": validation, "seed": seed}
+            options |= {"validation": validation, "seed": seed, "label_column": label_column}
             dataset = _describe(folder, opened, scans, image_format, options, log)
             # Written last, because this file makes the folder a data set.
             (folder / DESCRIPTION).write_text(dataset.to_json(), encoding="utf-8")
@@ -205,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="convert.py", description="Convert a data set to train.beton, test.beton and dataset.json."
     )
-    parser.add_argument("source", metavar="SOURCE", help="CIFAR archive or folder, Parquet, class folders, or digits")
+    parser.add_argument("source", metavar="SOURCE", help="archive, folder or file of a data set, or digits")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to write; must not exist, or be empty")
     parser.add_argument("--size", type=int, metavar="N", help="resize the shorter side to N pixels, crop to N×N")
     parser.add_argument(
@@ -218,6 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--validation", type=float, metavar="F", help="test on this share of the training set, not on the test set"
     )
+    parser.add_argument("--label-column", metavar="NAME", help="column of the labels, where more than one may be")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses those shares (default 0)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a processor)")
     parser.add_argument("--overwrite", action="store_true", help="replace a converted data set in DIR")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from rsengine.data.errors import DataError
 from rsengine.data.sources.images import ChosenSplit, Split
+from rsengine.data.sources.labels import refuse_unusable_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +25,10 @@ class Source:
         checksum: sha256 of the source. None for a folder of pictures, whose checksum the conversion computes while it
             reads them anyway, from `paths`.
         paths: relative path of every picture, train then test, when `checksum` is None.
+        sorted_names: whether the classes are in the order of their names as strings, for want of one in the source.
+
+    Raises:
+        DataError: two classes of one name, or one without.
     """
 
     name: str
@@ -32,6 +38,15 @@ class Source:
     test: Split
     checksum: str | None
     paths: tuple[str, ...] = ()
+    sorted_names: bool = False
+
+    def __post_init__(self) -> None:
+        refuse_unusable_names(self.classes, self.name)
+
+
+def keys_of_train(source: Source) -> list[str]:
+    """A name for each training sample, by which a share of them is chosen."""
+    return list(source.paths[: len(source.train)]) or [str(i) for i in range(len(source.train))]
 
 
 def with_validation(source: Source, fraction: float, seed: int) -> Source:
@@ -39,14 +54,24 @@ def with_validation(source: Source, fraction: float, seed: int) -> Source:
 
     Recipes are chosen on that share, so that the test set stays unseen until the choice is made.
     """
-    keys = list(source.paths[: len(source.train)]) or [str(i) for i in range(len(source.train))]
-    train, test = set_aside(source.train, keys, fraction, seed, source.name)
+    train, test = _divided(source.train, keys_of_train(source), fraction, seed, source.name)
     paths = tuple(source.paths[i] for i in (*train.places, *test.places)) if source.paths else ()
     return replace(source, name=f"{source.name}-validation", train=train, test=test, paths=paths)
 
 
-def set_aside(split: Split, keys: list[str], fraction: float, seed: int, where: str) -> tuple[ChosenSplit, ChosenSplit]:
-    """Divide a split into training and test samples, chosen as :func:`split_by_hash` does."""
+def set_aside(
+    split: Split, keys: list[str], fraction: float, seed: int, where: str, log: Callable[[str], None]
+) -> tuple[ChosenSplit, ChosenSplit]:
+    """Divide a split without a test set into training and test samples, chosen as :func:`split_by_hash` does."""
+    train, test = _divided(split, keys, fraction, seed, where)
+    log(
+        f"{where}: no test set, so {len(test)} of {len(split)} images, {fraction:g} of every class, "
+        f"are set aside for testing (seed {seed})"
+    )
+    return train, test
+
+
+def _divided(split: Split, keys: list[str], fraction: float, seed: int, where: str) -> tuple[ChosenSplit, ChosenSplit]:
     chosen = split_by_hash(split.labels, keys, fraction, seed, where)
     return ChosenSplit(split, np.flatnonzero(~chosen)), ChosenSplit(split, np.flatnonzero(chosen))
 
@@ -69,9 +94,6 @@ def split_by_hash(labels: np.ndarray, keys: list[str], fraction: float, seed: in
         DataError: a class has fewer than two samples.
     """
 
-    def rank(index: int) -> bytes:
-        return hashlib.sha256(f"{seed}:{keys[index]}".encode("utf-8", "surrogateescape")).digest()
-
     chosen = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -80,7 +102,14 @@ def split_by_hash(labels: np.ndarray, keys: list[str], fraction: float, seed: in
                 f"{where}: {keys[members[0]]} is the only image of its class, and one is needed to train and one to "
                 "test; add images, or give train/ and test/ folders"
             )
-        ranked = sorted(members, key=rank)
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
-        chosen[ranked[:count]] = True
+        chosen[ranked(members, keys, seed)[:count]] = True
     return chosen
+
+
+def ranked(members: np.ndarray, keys: list[str], seed: int) -> list[int]:
+    """Indices of samples in the order of sha256("seed:key"), the key of sample `i` being `keys[i]`."""
+    return sorted(
+        members.tolist(),
+        key=lambda i: hashlib.sha256(f"{seed}:{keys[i]}".encode("utf-8", "surrogateescape")).digest(),
+    )

@@ -119,11 +119,7 @@ def _split(
 ) -> Source:
     if (pair := indistinct(names)) is not None:
         log(f"{tree.root}: {pair[0]} and {pair[1]} are mixed; to keep them apart, move them into train/ and test/")
-    train, test = set_aside(_encoded(tree, names, labels), names, test_fraction, seed, str(tree.root))
-    log(
-        f"{tree.root}: no test set, so {len(test)} of {len(labels)} images, {test_fraction:g} of every class, "
-        f"are set aside for testing (seed {seed})"
-    )
+    train, test = set_aside(_encoded(tree, names, labels), names, test_fraction, seed, str(tree.root), log)
     return _source(tree, name, classes, train, test, [names[i] for i in (*train.places, *test.places)])
 
 
@@ -133,4 +129,4 @@ def _encoded(tree: Tree, names: list[str], labels: np.ndarray) -> EncodedSplit:
 
 def _source(tree: Tree, name: str, classes: tuple[str, ...], train: Split, test: Split, paths: list[str]) -> Source:
     checksum = None if tree.kind == "folder" else tree.checksum(())
-    return Source(name, f"class folders, {tree.kind}", classes, train, test, checksum, tuple(paths))
+    return Source(name, f"class folders, {tree.kind}", classes, train, test, checksum, tuple(paths), sorted_names=True)

@@ -19,8 +19,8 @@ from rsengine.data.sources.tree import Tree, open_tree
 DIGITS = "digits"
 FOLDER_FRACTION, DIGITS_FRACTION = 0.1, 0.2
 FORMS = (
-    "the official CIFAR-10/100 archives or folders, Parquet files, class folders (train/cat/1.jpg) "
-    "or a tar or zip of them, or the word digits"
+    "the official CIFAR-10/100 archives or folders, Parquet files, class folders "
+    "(train/cat/1.jpg), a tar or zip of them, or the word digits"
 )
 
 
@@ -37,6 +37,7 @@ def open_source(
     *,
     verify: bool = True,
     test_fraction: float | None = None,
+    label_column: str | None = None,
     seed: int = 0,
     log: Callable[[str], None] = print,
 ) -> Source:
@@ -47,6 +48,7 @@ def open_source(
         scratch: an existing folder for temporary files, needed as long as the result is used.
         verify: compare official CIFAR files with their published checksums.
         test_fraction: share of every class to test on where there is no test set; default 0.1, for digits 0.2.
+        label_column: the column of the labels in Parquet files; None takes the one that is called so.
         seed: chooses those samples.
         log: called with one line for each decision.
 
@@ -54,6 +56,7 @@ def open_source(
         DataError: with the file and the remedy, for everything that can be wrong with it.
     """
     if str(source) == DIGITS and not Path(source).exists():
+        _refuse_column(label_column, source)
         return open_digits(test_fraction=DIGITS_FRACTION if test_fraction is None else test_fraction, seed=seed)
     path, fraction = expanded(source), FOLDER_FRACTION if test_fraction is None else test_fraction
     official = BY_ARCHIVE.get(path.name)
@@ -62,15 +65,22 @@ def open_source(
         verify_archive(official, str(path), file_digest(path, "md5"))
     tree = open_tree(path, scratch)
     if (found := find_layout(tree)) is not None:
+        _refuse_column(label_column, path)
         return open_official(tree, *found, verify=verify, log=log)
     if official is not None:
         raise DataError(f"{path}: does not hold what {path.name} should; download it again")
-    name = source_name(path)
+    options = {"name": source_name(path), "test_fraction": fraction, "seed": seed, "log": log}
     if files := find_parquet(tree):
-        return open_parquet(tree, files, scratch, name=name, test_fraction=fraction, seed=seed, log=log)
+        return open_parquet(tree, files, scratch, label_column=label_column, **options)
+    _refuse_column(label_column, path)
     if tree.kind != "file" and (folder := find_class_folders(tree)) is not None:
-        return open_class_folders(tree, folder, name=name, test_fraction=fraction, seed=seed, log=log)
+        return open_class_folders(tree, folder, **options)
     raise DataError(_unknown(path, tree))
+
+
+def _refuse_column(column: str | None, source: str | Path) -> None:
+    if column is not None:
+        raise DataError(f"{source}: no Parquet file and no table with a column {column}; leave out --label-column")
 
 
 def _unknown(path: Path, tree: Tree) -> str:

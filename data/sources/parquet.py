@@ -14,12 +14,13 @@ from rsengine.data.errors import DataError, few
 from rsengine.data.sources.archives import Blob, Spool
 from rsengine.data.sources.base import Source, set_aside
 from rsengine.data.sources.images import EncodedSplit
-from rsengine.data.sources.splits import CANNOT_TELL, TRAIN, indistinct, placed
+from rsengine.data.sources.labels import named_or_numbered
+from rsengine.data.sources.splits import CANNOT_TELL, TRAIN, indistinct, placed, testing
 from rsengine.data.sources.tree import Tree
 
 SUFFIX = ".parquet"
 IMAGE_COLUMNS = ("img", "image")
-LABEL_COLUMNS = ("label", "fine_label")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "coarse_label")
 ROWS = 512  # rows in memory at a time
 
 
@@ -33,6 +34,7 @@ def open_parquet(
     names: list[str],
     scratch: Path,
     *,
+    label_column: str | None,
     name: str,
     test_fraction: float,
     seed: int,
@@ -47,46 +49,32 @@ def open_parquet(
             files of which it cannot be told to which split they belong.
     """
     groups = _by_split(tree, names)
-    parts: dict[str, EncodedSplit] = {}
+    test_split = testing(groups, str(tree.root), log)
+    read: list[EncodedSplit] = []
     titles: list[tuple[str, ...] | None] = []
+    used: list[str] = []
+    keys: list[str] = []  # not with the place of the files, on which no choice depends
     with Spool(scratch / "spool-parquet") as spool:
-        for split, members in groups.items():
-            if split == "validation" and "test" in groups:
-                log(f"{tree.root}: testing on test, ignoring validation")
-                continue
-            read = [_read(tree, each, spool) for each in members]
-            titles += [classes for _, classes in read]
-            parts[split] = _joined([part for part, _ in read])
-    if "train" not in parts:
-        parts["train"] = parts.pop("")
+        for split in (TRAIN, test_split):
+            if split is not None:
+                parts = [_read(tree, each, spool, label_column) for each in groups[split]]
+                titles += [classes for _, classes in parts]
+                read.append(_joined([part for part, _ in parts]))
+                used += groups[split]
+                keys += [
+                    f"{each} row {row}"
+                    for each, (part, _) in zip(groups[split], parts, strict=True)
+                    for row in range(len(part))
+                ]
     if len(set(titles)) > 1:
         raise DataError(f"{tree.root}: the Parquet files name different classes; give files of one data set")
-    train, test = parts["train"], parts.get("test", parts.get("validation"))
-    if test is None:
-        count = len(train)
-        train, test = set_aside(train, list(train.names), test_fraction, seed, str(tree.root))
-        log(
-            f"{tree.root}: no test file, so {len(test)} of {count} images, {test_fraction:g} of every class, "
-            f"are set aside for testing (seed {seed})"
-        )
-    classes = titles[0]
-    if classes is None:
-        count = int(max(train.labels.max(initial=-1), test.labels.max(initial=-1))) + 1
-        classes = tuple(str(label) for label in range(count))
-        log(f"{tree.root}: the files name no classes; they are numbered 0 … {count - 1}")
-    for part in (train, test):
-        wrong = np.flatnonzero((part.labels < 0) | (part.labels >= len(classes)))
-        if len(wrong):
-            raise DataError(
-                f"{part.name(wrong[0])}: label {part.labels[wrong[0]]} out of range 0 … {len(classes) - 1}; "
-                "remove the unlabelled rows or give another file"
-            )
-    used = [each for split, members in groups.items() for each in members if split in (*parts, "")]
+    classes = named_or_numbered(titles[0], read, str(tree.root), log)
+    train, test = read if test_split else set_aside(read[0], keys, test_fraction, seed, str(tree.root), log)
     return Source(name, f"Parquet, {tree.kind}", classes, train, test, tree.checksum(used))
 
 
 def _by_split(tree: Tree, names: list[str]) -> dict[str, list[str]]:
-    """split -> its files, with a train among them; "" -> all of them where no name says a split."""
+    """split -> its files, with a train among them, which all are where no name says a split."""
     # Around all files, only a folder that is called nothing but `test` says anything about them.
     folders = [PurePosixPath(each).parts[:-1] for each in names]
     around = {part for part in os.path.commonprefix(folders) if placed(part).rest}
@@ -100,7 +88,7 @@ def _by_split(tree: Tree, names: list[str]) -> dict[str, list[str]]:
     if set(groups) == {""}:
         if (pair := indistinct(names)) is not None:
             raise DataError(f"{tree.root}: {pair[0]} and {pair[1]}: {CANNOT_TELL}; call them train and test")
-        return groups
+        return {TRAIN: groups[""]}
     if TRAIN not in groups:
         raise DataError(f"{tree.root}: no train*.parquet among {few(sorted(names))}; add or rename it")
     if "" in groups:
@@ -114,7 +102,7 @@ def _by_split(tree: Tree, names: list[str]) -> dict[str, list[str]]:
     return groups
 
 
-def _read(tree: Tree, name: str, spool: Spool) -> tuple[EncodedSplit, tuple[str, ...] | None]:
+def _read(tree: Tree, name: str, spool: Spool, label_column: str | None) -> tuple[EncodedSplit, tuple[str, ...] | None]:
     """One Parquet file: its samples, and its class names where it has them."""
     try:
         import pyarrow as arrow
@@ -127,15 +115,14 @@ def _read(tree: Tree, name: str, spool: Spool) -> tuple[EncodedSplit, tuple[str,
     try:
         content = arrow.BufferReader(tree.read(name)) if tree.kind == "archive" else blob.path
         with arrow.parquet.ParquetFile(content) as file:
-            columns = set(file.schema_arrow.names)
-            image = next((column for column in IMAGE_COLUMNS if column in columns), None)
-            label = next((column for column in LABEL_COLUMNS if column in columns), None)
-            if image is None or label is None:
-                raise DataError(
-                    f"{where}: needs a column {' or '.join(IMAGE_COLUMNS)} and a column {' or '.join(LABEL_COLUMNS)}, "
-                    f"has {', '.join(sorted(columns))}; rename them"
-                )
-            classes = _class_names(file.schema_arrow.metadata, label)
+            columns = file.schema_arrow.names
+            image = _column(columns, IMAGE_COLUMNS, where, "leave one of them out")
+            label = label_column or _column(columns, LABEL_COLUMNS, where, "choose one with --label-column")
+            if label not in columns:
+                raise DataError(f"{where}: no column {label}; choose from {few(columns)} with --label-column")
+            if twice := [each for each in (image, label) if columns.count(each) > 1]:
+                raise DataError(f"{where}: has two columns {twice[0]}; leave one of them out")
+            classes = _class_names(file.schema_arrow.metadata, label, where)
             for batch in file.iter_batches(ROWS, columns=[image, label]):
                 pictures = batch.column(batch.schema.get_field_index(image)).to_pylist()
                 for row, (picture, number) in enumerate(
@@ -162,22 +149,45 @@ def _picture(value: Any, where: str) -> bytes:
 
 
 def _label(value: Any, where: str) -> int:
-    if not isinstance(value, int):
-        raise DataError(f"{where}: label is {value!r}, not a whole number; remove the row or number the classes")
+    if type(value) is not int:
+        raise DataError(f"{where}: label is {value!r:.60}, not a whole number; remove the row or number the classes")
     if not -(2**63) <= value < 2**63:
         raise DataError(f"{where}: label {value} out of range; number the classes from 0")
     return value
 
 
-def _class_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:
-    """Class names from the description which the Hugging Face library stores in the file; None when it has none."""
+def _column(columns: list[str], names: tuple[str, ...], where: str, choose: str) -> str:
+    """The column that has one of the names."""
+    found = [name for name in names if name in columns]
+    if not found:
+        raise DataError(f"{where}: needs a column {' or '.join(names)}, has {', '.join(sorted(columns))}; rename one")
+    if len(found) > 1:
+        raise DataError(f"{where}: has the columns {' and '.join(found)}; {choose}")
+    return found[0]
+
+
+def _class_names(metadata: dict[bytes, bytes] | None, label: str, where: str) -> tuple[str, ...] | None:
+    """Class names from the description which the Hugging Face library stores in the file; None when it has none.
+
+    Raises:
+        DataError: a description of another form than that library's.
+    """
     if not metadata or b"huggingface" not in metadata:
         return None
     try:
-        names = json.loads(metadata[b"huggingface"])["info"]["features"][label]["names"]
-    except (ValueError, KeyError, TypeError):
-        return None  # another description than that of a class label: the caller says that classes are numbered
-    return tuple(str(name) for name in names)
+        content: Any = json.loads(metadata[b"huggingface"])
+        for key in ("info", "features", label):
+            content = _inside(content, dict).get(key, {})
+        names = [_inside(name, str) for name in _inside(_inside(content, dict).get("names", []), list)]
+    except (ValueError, RecursionError) as error:  # a text that is no JSON is a ValueError too
+        raise DataError(f"{where}: damaged description of its columns ({error}); download it again") from error
+    return tuple(names) or None
+
+
+def _inside(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{value!r:.40} is no {kind.__name__}")
+    return value
 
 
 def _joined(parts: list[EncodedSplit]) -> EncodedSplit:

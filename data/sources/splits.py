@@ -7,7 +7,7 @@ where the names beside it agree, and names that differ by such a word and cannot
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 TRAIN, TEST, VALIDATION = "train", "test", "validation"
@@ -37,6 +37,13 @@ def placed(name: str) -> Placed:
         return Placed("", text)
     words = re.findall(r"[^\W_]+", _WORD.sub(" ", text))
     return Placed(splits.pop(), " ".join(word for word in words if not _NUMBER.fullmatch(word)))
+
+
+def testing(splits: Collection[str], where: str, log: Callable[[str], None]) -> str | None:
+    """Which of the splits to test on: the test split, without one validation, which is said where there are both."""
+    if TEST in splits and VALIDATION in splits:
+        log(f"{where}: testing on test, ignoring validation")
+    return next((split for split in (TEST, VALIDATION) if split in splits), None)
 
 
 def indistinct(names: Iterable[str]) -> tuple[str, str] | None:

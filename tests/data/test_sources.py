@@ -171,7 +171,7 @@ def test_parquet(tmp_path, converted, form):
         first = parquet(tmp_path / "train.parquet", images, labels, None)
         dataset, found, found_labels = converted(first, log=said.append, test_fraction=0.5)
         assert dataset.classes == ("0", "1", "2")
-        assert "numbered" in said[-1] and "set aside" in said[0]
+        assert "numbered" in said[0] and "set aside" in said[1]
         assert sorted(found_labels["train"] + found_labels["test"]) == sorted(labels)
         for image, label in zip(found["train"], found_labels["train"], strict=True):
             assert any(np.array_equal(image, i) and label == n for i, n in zip(images, labels, strict=True))
