@@ -9,6 +9,7 @@ an archive of any of these, or the word `digits`; see docs/data.md.
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import platform
 import shlex
@@ -27,6 +28,7 @@ from rsengine.data.errors import DataError, few
 from rsengine.data.identity import content_identity
 from rsengine.data.paths import expanded
 from rsengine.data.sources.base import Source, with_validation
+from rsengine.data.sources.choice import ORDERS, in_order, with_classes, with_subset
 from rsengine.data.sources.open import open_source
 from rsengine.data.sources.tree import digest_of_list
 from rsengine.data.staging import staged_folder
@@ -50,6 +52,9 @@ def convert(
     image_format: str = "raw",
     test_fraction: float | None = None,
     validation: float | None = None,
+    subset: float | None = None,
+    classes: Sequence[str] | None = None,
+    class_order: str = ORDERS[0],
     label_column: str | None = None,
     seed: int = 0,
     workers: int | None = None,
@@ -67,6 +72,10 @@ def convert(
         image_format: "raw" (exact), or "jpg" (JPEG of quality 95: smaller, not exact).
         test_fraction: share of every class to test on where the source has no test set; default 0.1, for digits 0.2.
         validation: share of every class of the training set that becomes the test set in place of the source's own.
+        subset: an int, how many training images to take, or a float, which share of them; the same share of every
+            class, chosen after `classes` and `validation`. The test set stays whole.
+        classes: names of the classes to take, in the order of the source; None takes all.
+        class_order: "string" or "natural", how classes that the source does not number are sorted.
         label_column: the column of a Parquet file that holds the labels, where more than one may.
         seed: chooses those samples.
         workers: processes that decode; default one a processor.
@@ -82,6 +91,7 @@ def convert(
         OptionError: an option out of range.
     """
     _check_options(size, image_format, test_fraction, validation, workers)
+    _check_choice(subset, class_order)
     out = expanded(out)
     workers = workers or len(os.sched_getaffinity(0))
     try:
@@ -97,8 +107,13 @@ def convert(
                 seed=seed,
                 log=log,
             )
+            opened = in_order(opened, class_order, log)
+            if classes is not None:
+                opened = with_classes(opened, classes)
             if validation is not None:
                 opened = with_validation(opened, validation, seed)
+            if subset is not None:
+                opened = with_subset(opened, subset, seed, log)
             _check(opened, source)
             splits = {"train": opened.train, "test": opened.test}
             if size is not None:
@@ -114,7 +129,9 @@ def convert(
                 left.unlink()
             scratch.rmdir()
             options = {"size": size, "verify": verify, "test_fraction": test_fraction}
-            options |= {"validation": validation, "seed": seed, "label_column": label_column}
+            options |= {"validation": validation, "seed": seed}
+            options |= {"subset": subset, "classes": None if classes is None else list(classes)}
+            options |= {"class_order": class_order, "label_column": label_column}
             dataset = _describe(folder, opened, scans, image_format, options, log)
             # Written last, because this file makes the folder a data set.
             (folder / DESCRIPTION).write_text(dataset.to_json(), encoding="utf-8")
@@ -136,6 +153,13 @@ def _check_options(
             raise OptionError(f"{name}: expected a share between 0 and 1, got {share}")
     if workers is not None and workers < 1:
         raise OptionError(f"workers: expected at least 1, got {workers}")
+
+
+def _check_choice(subset: float | None, class_order: str) -> None:
+    if subset is not None and not (subset >= 1 if isinstance(subset, int) else 0 < subset < 1):
+        raise OptionError(f"subset: expected a share between 0 and 1 or a whole number of images, got {subset}")
+    if class_order not in ORDERS:
+        raise OptionError(f"class_order: expected {' or '.join(ORDERS)}, got {class_order}")
 
 
 def _check(source: Source, given: str | Path) -> None:
@@ -228,12 +252,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--validation", type=float, metavar="F", help="test on this share of the training set, not on the test set"
     )
+    parser.add_argument(
+        "--subset", type=_amount, metavar="N", help="train on a share (0.1) or number (5000) of the training images"
+    )
+    parser.add_argument(
+        "--classes", type=_names, metavar="A,B", help='take these classes alone; a name with a comma as "A, B"'
+    )
+    parser.add_argument(
+        "--class-order", choices=ORDERS, default=ORDERS[0], help="sort class names as strings, or numbers by value"
+    )
     parser.add_argument("--label-column", metavar="NAME", help="column of the labels, where more than one may be")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses those shares (default 0)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a processor)")
     parser.add_argument("--overwrite", action="store_true", help="replace a converted data set in DIR")
     parser.add_argument("--quiet", action="store_true", help="say nothing unless something is wrong")
     return parser
+
+
+def _amount(text: str) -> float:
+    """A whole number of images, or a share."""
+    return int(text) if text.isdecimal() else float(text)
+
+
+def _names(text: str) -> list[str]:
+    """Names with commas between them; one with a comma inside stands in quotation marks."""
+    return [name.strip() for name in next(csv.reader([text], skipinitialspace=True), [])]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
