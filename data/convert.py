@@ -2,7 +2,7 @@
 
     python data/convert.py SOURCE --out DIR
 
-SOURCE is an official CIFAR-10 or CIFAR-100 archive or folder, Parquet files, class folders,
+SOURCE is an official CIFAR-10 or CIFAR-100 archive or folder, Parquet files, NumPy arrays, class folders,
 an archive of any of these, or the word `digits`; see docs/data.md.
 """
 

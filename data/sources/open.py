@@ -9,6 +9,7 @@ from pathlib import Path
 from rsengine.data.errors import DataError, few
 from rsengine.data.paths import expanded
 from rsengine.data.sources.archives import file_digest, is_archive
+from rsengine.data.sources.arrays import find_arrays, open_arrays
 from rsengine.data.sources.base import Source
 from rsengine.data.sources.digits import open_digits
 from rsengine.data.sources.folders import find_class_folders, open_class_folders
@@ -19,7 +20,7 @@ from rsengine.data.sources.tree import Tree, open_tree
 DIGITS = "digits"
 FOLDER_FRACTION, DIGITS_FRACTION = 0.1, 0.2
 FORMS = (
-    "the official CIFAR-10/100 archives or folders, Parquet files, class folders "
+    "the official CIFAR-10/100 archives or folders, Parquet files, NumPy arrays (.npz), class folders "
     "(train/cat/1.jpg), a tar or zip of them, or the word digits"
 )
 
@@ -27,7 +28,7 @@ FORMS = (
 def source_name(source: str | Path) -> str:
     """A short name for a data set, from the name of its file or folder."""
     name = Path(source).absolute().name
-    name = re.sub(r"\.(tar(\.\w+)?|tgz|tbz2?|txz|zip|parquet)$", "", name, flags=re.IGNORECASE)
+    name = re.sub(r"\.(tar(\.\w+)?|tgz|tbz2?|txz|zip|parquet|np[yz])$", "", name, flags=re.IGNORECASE)
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "dataset"
 
 
@@ -73,6 +74,8 @@ def open_source(
     if files := find_parquet(tree):
         return open_parquet(tree, files, scratch, label_column=label_column, **options)
     _refuse_column(label_column, path)
+    if arrays := find_arrays(tree):
+        return open_arrays(tree, arrays, **options)
     if tree.kind != "file" and (folder := find_class_folders(tree)) is not None:
         return open_class_folders(tree, folder, **options)
     raise DataError(_unknown(path, tree))
