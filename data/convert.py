@@ -2,8 +2,8 @@
 
     python data/convert.py SOURCE --out DIR
 
-SOURCE is an official CIFAR-10 or CIFAR-100 archive or folder, Parquet files, NumPy arrays, class folders,
-an archive of any of these, or the word `digits`; see docs/data.md.
+SOURCE is an official CIFAR-10 or CIFAR-100 archive or folder, Parquet files, NumPy arrays, pictures in class folders or
+listed in a table, an archive of any of these, or the word `digits`; see docs/data.md.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def convert(
             class, chosen after `classes` and `validation`. The test set stays whole.
         classes: names of the classes to take, in the order of the source; None takes all.
         class_order: "string" or "natural", how classes that the source does not number are sorted.
-        label_column: the column of a Parquet file that holds the labels, where more than one may.
+        label_column: the column of a Parquet file or a table that holds the labels, where more than one may.
         seed: chooses those samples.
         workers: processes that decode; default one a processor.
         overwrite: replace a converted data set in `out`.

@@ -15,13 +15,15 @@ from rsengine.data.sources.digits import open_digits
 from rsengine.data.sources.folders import find_class_folders, open_class_folders
 from rsengine.data.sources.official import BY_ARCHIVE, LAYOUTS, find_layout, open_official, verify_archive
 from rsengine.data.sources.parquet import SUFFIX, find_parquet, open_parquet
+from rsengine.data.sources.tables import TABLES, find_tables, open_tables
+from rsengine.data.sources.tiny_imagenet import find_tiny_imagenet, open_tiny_imagenet
 from rsengine.data.sources.tree import Tree, open_tree
 
 DIGITS = "digits"
 FOLDER_FRACTION, DIGITS_FRACTION = 0.1, 0.2
 FORMS = (
     "the official CIFAR-10/100 archives or folders, Parquet files, NumPy arrays (.npz), class folders "
-    "(train/cat/1.jpg), a tar or zip of them, or the word digits"
+    "(train/cat/1.jpg), pictures with a table (file,label), a tar or zip of them, or the word digits"
 )
 
 
@@ -49,7 +51,7 @@ def open_source(
         scratch: an existing folder for temporary files, needed as long as the result is used.
         verify: compare official CIFAR files with their published checksums.
         test_fraction: share of every class to test on where there is no test set; default 0.1, for digits 0.2.
-        label_column: the column of the labels in Parquet files; None takes the one that is called so.
+        label_column: the column of the labels in Parquet files and tables; None takes the one that is called so.
         seed: chooses those samples.
         log: called with one line for each decision.
 
@@ -73,9 +75,13 @@ def open_source(
     options = {"name": source_name(path), "test_fraction": fraction, "seed": seed, "log": log}
     if files := find_parquet(tree):
         return open_parquet(tree, files, scratch, label_column=label_column, **options)
+    if tables := find_tables(tree, label_column, log):
+        return open_tables(tree, tables, **options)
     _refuse_column(label_column, path)
     if arrays := find_arrays(tree):
         return open_arrays(tree, arrays, **options)
+    if (place := find_tiny_imagenet(tree)) is not None:
+        return open_tiny_imagenet(tree, place, name=options["name"], log=log)
     if tree.kind != "file" and (folder := find_class_folders(tree)) is not None:
         return open_class_folders(tree, folder, **options)
     raise DataError(_unknown(path, tree))
@@ -92,6 +98,8 @@ def _unknown(path: Path, tree: Tree) -> str:
             return f"{path}: is one file of a data set; give the folder it lies in, {path.absolute().parent}"
         if path.stat().st_size == 0:
             return f"{path}: empty file; download or copy it again"
+        if path.suffix.lower() in TABLES:
+            return f"{path}: a table alone; give the folder that holds it and the pictures, {path.absolute().parent}"
         return f"{path}: a single file that is no archive and no {SUFFIX} file; give {FORMS}"
     if not tree.files:
         return f"{path}: no files in it; give {FORMS}"
