@@ -3,7 +3,7 @@
     python data/convert.py SOURCE --out DIR
 
 SOURCE is an official CIFAR-10 or CIFAR-100 archive or folder, Parquet files, NumPy arrays, pictures in class folders or
-listed in a table, an archive of any of these, or the word `digits`; see docs/data.md.
+listed in a table, an archive of any of these, `torchvision:NAME[:ROOT]`, or the word `digits`; see docs/data.md.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def convert(
     """Convert `source` to the folder `out`, which is complete when this returns and untouched when it raises.
 
     Args:
-        source: a path, or "digits"; see `rsengine.data.sources.open.open_source`.
+        source: a path, "torchvision:NAME", or "digits"; see `rsengine.data.sources.open.open_source`.
         out: a folder that does not exist or is empty.
         size: resize the shorter side to this many pixels and crop the central square; None keeps all sizes.
         verify: compare official CIFAR files with their published checksums.
@@ -123,6 +123,8 @@ def convert(
                 for name, split in splits.items()
             }
             refuse_bad(scans.values())
+            if opened.one_size:
+                _check_sizes(scans, source)
             jobs = [Job(folder / BETONS[name], split, scans[name]) for name, split in splits.items()]
             write_betons(jobs, scratch, image_format=image_format, workers=workers, progress=progress)
             for left in scratch.iterdir():
@@ -171,6 +173,14 @@ def _check(source: Source, given: str | Path) -> None:
         if empty := [source.classes[label] for label in np.flatnonzero(counts == 0)]:
             which = f"class {empty[0]} has" if len(empty) == 1 else f"classes {few(empty)} have"
             raise DataError(f"{given}: {which} no images in {name}; add some, or take out what has none")
+
+
+def _check_sizes(scans: dict[str, Scan], given: str | Path) -> None:
+    """Raise DataError unless all images have one size."""
+    sizes = {each.image_size() for each in scans.values()}
+    if len(sizes) > 1 or None in sizes:
+        remedy = f"convert it with `python data/convert.py {shlex.quote(str(given))} --out DIR --size 32`"
+        raise DataError(f"{given}: its images differ in size; {remedy}")
 
 
 def _describe(
@@ -239,7 +249,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="convert.py", description="Convert a data set to train.beton, test.beton and dataset.json."
     )
-    parser.add_argument("source", metavar="SOURCE", help="archive, folder or file of a data set, or digits")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="archive, folder or file of a data set, torchvision:NAME[:ROOT], or digits"
+    )
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to write; must not exist, or be empty")
     parser.add_argument("--size", type=int, metavar="N", help="resize the shorter side to N pixels, crop to N×N")
     parser.add_argument(

@@ -19,13 +19,14 @@ from rsengine.data.errors import DataError
 from rsengine.data.paths import expanded
 from rsengine.data.sources.archives import file_digest
 from rsengine.data.sources.official import BY_ARCHIVE, FOLDERS
-from rsengine.data.sources.open import DIGITS, source_name
+from rsengine.data.sources.open import DIGITS, is_named, place_of, source_name
+from rsengine.data.sources.torchvision_sets import PREFIX, fetch
 from rsengine.data.sources.tree import walk
 from rsengine.temporaries import remove_abandoned, temporary_folder
 
 VARIABLE = "RSENGINE_DATA"
 LOCAL_FOLDER = "data"
-READING = 2  # counts the changes in what a conversion makes of a source: what was made before is not taken for it
+READING = 3  # counts the changes in what a conversion makes of a source: what was made before is not taken for it
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"  # where torchvision gets it too
 PROBE_SECONDS, DOWNLOAD_SECONDS = 4.0, 30.0  # without an answer; a download as a whole may take longer
 
@@ -112,19 +113,19 @@ def fingerprint(source: str | Path) -> str:
     """
     entries: list[tuple[str, int, int, int]] = []
     folders: set[str] = set()
-    if source != DIGITS:
-        path = Path(source).resolve()
+    if (place := place_of(source)) is not None:
+        path = place.resolve()
         files, folders = walk(path) if path.is_dir() else ({path.name: str(path)}, folders)
         for each in sorted(files.values()):
             status = os.stat(each) if os.path.exists(each) else os.lstat(each)  # a link that leads nowhere
             entries.append((each, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-    text = json.dumps([FORMAT_VERSION, READING, sorted(folders), entries])
+    known = str(source) if is_named(source) else ""
+    text = json.dumps([FORMAT_VERSION, READING, known, sorted(folders), entries])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _open(what: str | Path, log: Callable[[str], None]) -> Dataset:
-    digits = str(what) == DIGITS and not Path(what).exists()
-    source: str | Path = DIGITS if digits else expanded(what)
+    source: str | Path = str(what) if is_named(what) else expanded(what)
     if isinstance(source, Path):
         if not source.exists():
             raise DataError(f"{source}: no such file or folder; check --data or {VARIABLE}, or use --data digits")
@@ -141,11 +142,13 @@ def _open(what: str | Path, log: Callable[[str], None]) -> Dataset:
 
 def _converted(source: str | Path, log: Callable[[str], None]) -> Dataset:
     """The conversion of `source` in the cache, made now if there is none."""
+    if str(source).startswith(PREFIX):
+        fetch(str(source), log)  # before its files are looked at
     try:
         mark = fingerprint(source)[:12]
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}; check the path and its permissions") from error
-    folder = cache_folder() / "datasets" / f"{source_name(source) if source != DIGITS else DIGITS}-{mark}"
+    folder = cache_folder() / "datasets" / f"{source_name(source)}-{mark}"
     # All in this folder is ours, so what killed conversions of other sources left there goes too.
     remove_abandoned(folder.parent, CONVERTING)
     damaged = False

@@ -25,6 +25,7 @@ class Source:
         checksum: sha256 of the source. None for a folder of pictures, whose checksum the conversion computes while it
             reads them anyway, from `paths`.
         paths: relative path of every picture, train then test, when `checksum` is None.
+        one_size: whether images that differ in size are refused where no size is asked for.
         sorted_names: whether the classes are in the order of their names as strings, for want of one in the source.
 
     Raises:
@@ -38,6 +39,7 @@ class Source:
     test: Split
     checksum: str | None
     paths: tuple[str, ...] = ()
+    one_size: bool = False
     sorted_names: bool = False
 
     def __post_init__(self) -> None:

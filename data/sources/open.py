@@ -17,18 +17,33 @@ from rsengine.data.sources.official import BY_ARCHIVE, LAYOUTS, find_layout, ope
 from rsengine.data.sources.parquet import SUFFIX, find_parquet, open_parquet
 from rsengine.data.sources.tables import TABLES, find_tables, open_tables
 from rsengine.data.sources.tiny_imagenet import find_tiny_imagenet, open_tiny_imagenet
+from rsengine.data.sources.torchvision_sets import PREFIX, TorchvisionName, open_torchvision
 from rsengine.data.sources.tree import Tree, open_tree
 
 DIGITS = "digits"
 FOLDER_FRACTION, DIGITS_FRACTION = 0.1, 0.2
 FORMS = (
     "the official CIFAR-10/100 archives or folders, Parquet files, NumPy arrays (.npz), class folders "
-    "(train/cat/1.jpg), pictures with a table (file,label), a tar or zip of them, or the word digits"
+    "(train/cat/1.jpg), pictures with a table (file,label), a tar or zip of them, torchvision:NAME, or the word digits"
 )
+
+
+def is_named(source: str | Path) -> bool:
+    """Whether a source is a name that this program knows, and not a path."""
+    return (str(source) == DIGITS and not Path(source).exists()) or str(source).startswith(PREFIX)
+
+
+def place_of(source: str | Path) -> Path | None:
+    """The file or folder that a source is read from; None for what comes with a package."""
+    if str(source).startswith(PREFIX):
+        return TorchvisionName.parse(str(source)).root
+    return None if is_named(source) else Path(source)
 
 
 def source_name(source: str | Path) -> str:
     """A short name for a data set, from the name of its file or folder."""
+    if str(source).startswith(PREFIX):
+        return TorchvisionName.parse(str(source)).title
     name = Path(source).absolute().name
     name = re.sub(r"\.(tar(\.\w+)?|tgz|tbz2?|txz|zip|parquet|np[yz])$", "", name, flags=re.IGNORECASE)
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "dataset"
@@ -47,7 +62,7 @@ def open_source(
     """Detect the form of `source` and open it; pictures in class folders and Parquet are not decoded yet.
 
     Args:
-        source: a path, or "digits".
+        source: a path, "torchvision:NAME[:ROOT]", or "digits".
         scratch: an existing folder for temporary files, needed as long as the result is used.
         verify: compare official CIFAR files with their published checksums.
         test_fraction: share of every class to test on where there is no test set; default 0.1, for digits 0.2.
@@ -58,9 +73,12 @@ def open_source(
     Raises:
         DataError: with the file and the remedy, for everything that can be wrong with it.
     """
-    if str(source) == DIGITS and not Path(source).exists():
+    if is_named(source):
         _refuse_column(label_column, source)
-        return open_digits(test_fraction=DIGITS_FRACTION if test_fraction is None else test_fraction, seed=seed)
+        if str(source) == DIGITS:
+            return open_digits(test_fraction=DIGITS_FRACTION if test_fraction is None else test_fraction, seed=seed)
+        fraction = FOLDER_FRACTION if test_fraction is None else test_fraction
+        return open_torchvision(str(source), scratch, test_fraction=fraction, seed=seed, log=log)
     path, fraction = expanded(source), FOLDER_FRACTION if test_fraction is None else test_fraction
     official = BY_ARCHIVE.get(path.name)
     if verify and official is not None and path.is_file():
