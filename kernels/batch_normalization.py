@@ -37,9 +37,12 @@ def batch_norm(
 
     Args:
         x: (N, C, H, W) floating point; native and Triton copy what is not channels_last.
-        weight, bias: (C,) floating point; native and Triton take contiguous float32.
+        weight, bias: (C,) in the dtype of ``x``, or in float32 beside 16 bits; native and Triton take contiguous
+            float32.
         running_mean, running_var: (C,) as the weights, moved in place by ``momentum`` towards the mean and the unbiased
             variance of the batch.
+        momentum: in [0, 1].
+        eps: finite, at least 0.
         impl: ``"auto"``, ``"native"``, ``"triton"`` or ``"eager"``; :func:`rsengine.kernels.explain` says what
             ``"auto"`` chooses.
 
@@ -47,19 +50,20 @@ def batch_norm(
         (N, C, H, W) in the dtype of ``x``; native and Triton in channels_last.
 
     Raises:
-        ValueError: a shape or ``impl`` does not fit, a channel has a single value, or memory was freed.
+        ValueError: a shape, dtype, number or ``impl`` does not fit, a channel has a single value, or memory was freed.
         RuntimeError: ``impl="native"`` or ``"triton"`` where it cannot run.
     """
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    check_batch_norm(x, vectors)
+    check_batch_norm(x, vectors, momentum, eps)
     chosen = choose_native("batch_norm", impl, {"x": x}, vectors)
     if chosen != "eager":
         function = _NativeBatchNorm if chosen == "native" else _TritonBatchNorm
         return function.apply(x, weight, bias, running_mean, running_var, momentum, eps, relu)
+    _check_dtypes(x, vectors)
     # As vectors, the gradient of a map of one pixel is fourteen times faster on the CPU.
-    vectors = x.device.type == "cpu" and x.shape[2:] == (1, 1)
-    y = F.batch_norm(x.flatten(1) if vectors else x, running_mean, running_var, weight, bias, True, momentum, eps)
-    y = y[:, :, None, None] if vectors else y
+    flat = x.device.type == "cpu" and x.shape[2:] == (1, 1)
+    y = F.batch_norm(x.flatten(1) if flat else x, running_mean, running_var, weight, bias, True, momentum, eps)
+    y = y[:, :, None, None] if flat else y
     return F.relu(y) if relu else y
 
 
@@ -176,12 +180,28 @@ def run_pass(name: str, x: Tensor, *arguments: Tensor | int) -> None:
     call(name, x, *arguments)
 
 
-def check_batch_norm(x: Tensor, vectors: dict[str, Tensor]) -> None:
+def check_batch_norm(x: Tensor, vectors: dict[str, Tensor], momentum: float, eps: float) -> None:
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x: expected floating point (N, C, H, W); got {x.dtype} {tuple(x.shape)}")
     for name, tensor in vectors.items():
-        if tuple(tensor.shape) != (x.shape[1],):
-            raise ValueError(f"{name}: expected ({x.shape[1]},); got {tuple(tensor.shape)}")
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != (x.shape[1],):
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else tensor
+            raise ValueError(f"{name}: expected ({x.shape[1]},); got {got}")
     if x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f"x: expected more than one value a channel, to take a variance of; got {tuple(x.shape)}")
+    if not 0.0 <= momentum <= 1.0:
+        raise ValueError(f"momentum: expected a number in [0, 1]; got {momentum}")
+    if not 0.0 <= eps < float("inf"):
+        raise ValueError(f"eps: expected a finite number of at least 0; got {eps}")
     check_memory(x=x, **vectors)
+
+
+def _check_dtypes(x: Tensor, vectors: dict[str, Tensor]) -> None:
+    """Refuse what PyTorch's batch norm does not take, whose own errors name no argument."""
+    allowed = {x.dtype, torch.float32} if x.dtype.itemsize == 2 else {x.dtype}
+    dtype = vectors["weight"].dtype if vectors["weight"].dtype in allowed else x.dtype
+    for name, tensor in vectors.items():
+        if tensor.dtype != dtype or tensor.device != x.device:
+            raise ValueError(
+                f"{name}: expected {dtype} on {x.device} beside x in {x.dtype}; got {tensor.dtype} on {tensor.device}"
+            )

@@ -51,7 +51,7 @@ def batch_norm_squeeze_excite_residual(
         ValueError, RuntimeError: as the two functions do.
     """
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    check_batch_norm(x, vectors)
+    check_batch_norm(x, vectors, momentum, eps)
     check_residual(x, w1, b1, w2, b2, shortcut, keep_scale)
     maps = {"x": x, "shortcut": shortcut}
     chosen = choose_native("batch_norm_squeeze_excite_residual", impl, maps, vectors)

@@ -71,7 +71,7 @@ def sgd_ema_step(
             stored, rounded to their dtype.
         lr: () floating-point tensor on the same device, float32 for Triton.
         momentum: in [0, 1).
-        weight_decay: one number, or one for each tensor (0 for the ones that do not decay).
+        weight_decay: one number of at least 0, or one for each tensor (0 for the ones that do not decay).
         decay: () tensor, as in :func:`ema_update`; ``None`` exactly when ``shadow`` is.
         copies: overwritten with the new parameters, rounded to the dtype of the copies: what a mixed-precision forward
             pass reads, so that it casts no weight. bfloat16 or float16 for Triton.
@@ -104,6 +104,10 @@ def sgd_ema_step(
     )
     if len(decays) != len(params):
         raise ValueError(f"weight_decay: expected one number or {len(params)}; got {len(decays)}")
+    if not 0.0 <= momentum < 1.0:
+        raise ValueError(f"momentum: expected a number in [0, 1); got {momentum}")
+    if decays and not 0.0 <= min(decays) <= max(decays) < float("inf"):
+        raise ValueError(f"weight_decay: expected finite numbers of at least 0; got {min(decays)} to {max(decays)}")
     chosen = choose("sgd_ema_step", impl, params[0] if params else lr)
     if chosen == "triton":
         _check_dtypes(_named("params", params), *TRITON_DTYPES)

@@ -243,7 +243,7 @@ def test_vectors_that_c_would_misread_are_left_to_eager(name, epilogue):
         vectors = channel_vectors(**vectors)
         try:
             return function(x, *vectors.values(), *others, impl=impl), *vectors.values()
-        except RuntimeError as error:  # PyTorch's own batch norm mixes no dtypes and devices
+        except ValueError as error:  # PyTorch's own batch norm mixes no dtypes and devices
             return str(error)
 
     eager, auto = outcome("eager"), outcome("auto")
@@ -253,6 +253,20 @@ def test_vectors_that_c_would_misread_are_left_to_eager(name, epilogue):
     else:
         for one, other in zip(auto, eager, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changed", "words"),
+    [
+        (torch.float64, {}, "weight: expected torch.float64 on cpu beside x in torch.float64; got torch.float32 on cpu"),
+        (torch.float32, {"bias": torch.zeros(4).double()}, "bias: expected torch.float32 .* got torch.float64"),
+        (torch.bfloat16, {"weight": torch.ones(4).half()}, "weight: expected torch.bfloat16 .* got torch.float16"),
+        (torch.bfloat16, {"running_var": torch.ones(4).bfloat16()}, "running_var: expected torch.float32 .* got torch.bfloat16"),
+    ],
+)
+def test_dtypes_that_do_not_go_together_are_named(dtype, changed, words):
+    with pytest.raises(ValueError, match=words):
+        batch_norm(torch.randn(2, 4, 3, 3, dtype=dtype), *channel_vectors(**changed).values(), impl="eager")
 
 
 def test_it_is_explained_what_native_takes():
@@ -320,6 +334,15 @@ def test_arguments_that_do_not_fit_are_named():
         batch_norm(x, ones, zeros, zeros, torch.ones(3))
     with pytest.raises(ValueError, match=r"x: expected more than one value a channel"):
         batch_norm(torch.randn(1, 4, 1, 1), ones, zeros, zeros, ones)
+    with pytest.raises(ValueError, match=r"running_mean: expected \(4,\); got None"):
+        batch_norm(x, ones, zeros, None, ones)
+    for momentum, eps, words in [
+        (1.5, 1e-5, r"momentum: expected a number in \[0, 1\]; got 1.5"),
+        (0.1, -1.0, "eps: expected a finite number of at least 0; got -1.0"),
+        (0.1, float("nan"), "eps: expected a finite number of at least 0; got nan"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            batch_norm(x, ones, zeros, zeros, ones, momentum, eps)
     with pytest.raises(ValueError, match=r"shortcut: expected the shape of x"):
         weights = torch.ones(1, 4), torch.ones(1), torch.ones(4, 1), torch.ones(4)
         batch_norm_squeeze_excite_residual(x, ones, zeros, zeros, ones, *weights, x[:1])
