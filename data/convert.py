@@ -23,10 +23,10 @@ import numpy as np
 
 from rsengine.data.beton.scan import Scan, refuse_bad, scan
 from rsengine.data.beton.writer import IMAGE_FORMATS, Job, write_betons
-from rsengine.data.dataset import BETONS, DESCRIPTION, Dataset, load_dataset
+from rsengine.data.dataset import Dataset, load_dataset
 from rsengine.data.errors import DataError, few
 from rsengine.data.identity import content_identity
-from rsengine.data.paths import expanded
+from rsengine.data.paths import BETONS, DESCRIPTION, expanded
 from rsengine.data.sources.base import Source, with_validation
 from rsengine.data.sources.choice import ORDERS, in_order, with_classes, with_subset
 from rsengine.data.sources.open import open_source

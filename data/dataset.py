@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,11 @@ from typing import Any
 from rsengine.data.beton.reader import ALLOCATION, read_header
 from rsengine.data.errors import DataError
 from rsengine.data.identity import content_identity
-from rsengine.data.paths import expanded
+from rsengine.data.paths import BETONS, DESCRIPTION, TEMPORARY, expanded
+from rsengine.data.staging import put_back
 
 FORMAT = "rsengine dataset"
 FORMAT_VERSION = 1
-DESCRIPTION = "dataset.json"
-BETONS = {"train": "train.beton", "test": "test.beton"}
-FILES = frozenset({DESCRIPTION, *BETONS.values()})
-TEMPORARY = re.compile(r"^\..+\.(tmp|old)-(\d+)$")  # names of folders under construction or on their way out
 
 
 @dataclass(frozen=True)
@@ -111,6 +107,7 @@ def load_dataset(folder: str | Path) -> Dataset:
     again = "convert the source again with `python data/convert.py SOURCE --out DIR`"
     if TEMPORARY.match(folder.resolve().name):
         raise DataError(f"{folder}: left over from an interrupted conversion; remove it and {again}")
+    put_back(folder)
     if not path.is_file():
         raise DataError(f"{folder}: no {DESCRIPTION} in it, so it is not a converted data set; {again}")
     try:

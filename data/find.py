@@ -14,14 +14,15 @@ from pathlib import Path
 
 from rsengine.cache import cache_folder
 from rsengine.data.convert import convert
-from rsengine.data.dataset import DESCRIPTION, FORMAT_VERSION, Dataset, load_dataset
+from rsengine.data.dataset import FORMAT_VERSION, Dataset, load_dataset
 from rsengine.data.errors import DataError
-from rsengine.data.paths import expanded
+from rsengine.data.paths import DESCRIPTION, expanded
 from rsengine.data.sources.archives import file_digest
 from rsengine.data.sources.official import BY_ARCHIVE, FOLDERS
 from rsengine.data.sources.open import DIGITS, is_named, place_of, source_name
 from rsengine.data.sources.torchvision_sets import PREFIX, fetch
 from rsengine.data.sources.tree import walk
+from rsengine.data.staging import put_back
 from rsengine.temporaries import remove_abandoned, temporary_folder
 
 VARIABLE = "RSENGINE_DATA"
@@ -127,6 +128,7 @@ def fingerprint(source: str | Path) -> str:
 def _open(what: str | Path, log: Callable[[str], None]) -> Dataset:
     source: str | Path = str(what) if is_named(what) else expanded(what)
     if isinstance(source, Path):
+        put_back(source)
         if not source.exists():
             raise DataError(f"{source}: no such file or folder; check --data or {VARIABLE}, or use --data digits")
         if source.is_dir() and (known := known_in(source)) is not None:

@@ -1,11 +1,17 @@
-"""Paths as users write them."""
+"""Paths as users write them, and the names in a converted data set."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from rsengine.data.errors import DataError
+
+DESCRIPTION = "dataset.json"
+BETONS = {"train": "train.beton", "test": "test.beton"}
+FILES = frozenset({DESCRIPTION, *BETONS.values()})
+TEMPORARY = re.compile(r"^\..+\.(tmp|old)-(\d+)$")  # names of folders under construction or on their way out
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:

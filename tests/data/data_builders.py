@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Iterable
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 CLASSES = ("cat", "dog", "eel")
 NAMES10 = [f"class{i}" for i in range(10)]
 NAMES100 = [f"fine{i:02d}" for i in range(100)]
@@ -157,3 +160,28 @@ def _mapped(pid: int) -> set[str]:
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return set()
     return {line.partition("/dev/shm/")[2] for line in maps.splitlines() if "/dev/shm/" in line}
+
+
+def visible(folder: Path) -> list[str]:
+    """Names in a folder, but for the sources and the cache of a test."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in ("pets", "cache"))
+
+
+def start(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """A process of its own session that runs `code` with the repository on its path."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+
+
+def dead_pid() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid

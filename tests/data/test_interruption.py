@@ -21,15 +21,10 @@ from rsengine.data.beton import scan as scan_module
 from rsengine.data.convert import main
 from rsengine.data.sources import images
 from rsengine.data.staging import staged_folder
-from rsengine.temporaries import is_alive
-from tests.data.data_builders import class_folders, shared_memory_of
+from tests.data.data_builders import class_folders, dead_pid, shared_memory_of, visible
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 convert_module = sys.modules["rsengine.data.convert"]  # the package has the function under this name
-
-
-def visible(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name not in ("pets", "cache"))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
@@ -58,24 +53,6 @@ def test_failure_at_any_point(tmp_path, monkeypatch, module, name, error):
     with pytest.raises(error):
         convert(tmp_path / "pets", tmp_path / "a" / "out", log=lambda line: None)
     assert visible(tmp_path) == []
-
-
-def test_a_failed_overwrite_leaves_the_old_data_set(tmp_path, monkeypatch):
-    class_folders(tmp_path / "pets")
-    before = convert(tmp_path / "pets", tmp_path / "out", log=lambda line: None)
-
-    real = Path.rename
-
-    def rename(self: Path, target: Path) -> Path:
-        if ".tmp-" in self.name:
-            raise OSError("no")
-        return real(self, target)
-
-    monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(DataError, match="meanwhile"):
-        convert(tmp_path / "pets", tmp_path / "out", overwrite=True, size=4, log=lambda line: None)
-    assert load_dataset(tmp_path / "out") == before
-    assert visible(tmp_path) == ["out"]
 
 
 def slow_main(source: str, out: str, phase: str) -> int:
@@ -199,13 +176,6 @@ def test_kill_leaves_only_a_folder_that_the_next_conversion_removes(tmp_path, ph
     assert visible(tmp_path) == ["out", "small"]
 
 
-def dead_pid() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    assert not is_alive(process.pid)
-    return process.pid
-
-
 def test_leftovers_of_the_living_stay(tmp_path):
     living, dead, other = f".out.tmp-{os.getppid()}", f".out.tmp-{dead_pid()}", f".else.tmp-{dead_pid()}"
     for name in (living, dead, other):
@@ -226,15 +196,6 @@ def test_a_locked_folder_stays_even_if_its_process_cannot_be_seen(tmp_path):
         with staged_folder(tmp_path / "out"):
             pass
     assert name in visible(tmp_path)
-
-
-def test_an_overwritten_data_set_caught_between_two_renames_is_put_back(tmp_path):
-    old = tmp_path / f".out.old-{dead_pid()}"
-    old.mkdir()
-    (old / "dataset.json").write_text("{}")
-    with pytest.raises(KeyError), staged_folder(tmp_path / "out"):
-        raise KeyError
-    assert visible(tmp_path) == ["out"]
 
 
 def test_the_same_folder_twice_in_one_process(tmp_path):
