@@ -13,6 +13,7 @@ import csv
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rsengine.data.beton.scan import Scan, refuse_bad, scan
-from rsengine.data.beton.writer import IMAGE_FORMATS, Job, write_betons
+from rsengine.data.beton.reader import MODES
+from rsengine.data.beton.split import Measured, refuse_bad, verify_beton, write_split
 from rsengine.data.dataset import Dataset, load_dataset
 from rsengine.data.errors import DataError, few
 from rsengine.data.identity import content_identity
@@ -34,7 +35,7 @@ from rsengine.data.sources.tree import digest_of_list
 from rsengine.data.staging import staged_folder
 from rsengine.output import patient_output
 
-PACKAGES = ("rsengine", "ffcv", "numpy", "pillow")
+PACKAGES = ("rsengine", "numpy", "pillow")
 CHANNELS = ("red", "green", "blue")
 LARGEST_SIZE = 4096
 
@@ -78,7 +79,7 @@ def convert(
         class_order: "string" or "natural", how classes that the source does not number are sorted.
         label_column: the column of a Parquet file or a table that holds the labels, where more than one may.
         seed: chooses those samples.
-        workers: processes that decode; default one a processor.
+        workers: threads that decode; default one a processor.
         overwrite: replace a converted data set in `out`.
         progress: show progress bars when the error output is a terminal.
         log: called with one line for each decision.
@@ -118,23 +119,20 @@ def convert(
             splits = {"train": opened.train, "test": opened.test}
             if size is not None:
                 splits = {name: split.resized(size) for name, split in splits.items()}
-            scans = {
-                name: scan(split, workers=workers, progress=progress, description=f"check {name}")
-                for name, split in splits.items()
-            }
-            refuse_bad(scans.values())
+            betons = {name: folder / BETONS[name] for name in splits}
+            how = {"image_format": image_format, "workers": workers, "progress": progress}
+            found = {name: write_split(betons[name], split, **how) for name, split in splits.items()}
+            refuse_bad(found.values())
             if opened.one_size:
-                _check_sizes(scans, source)
-            jobs = [Job(folder / BETONS[name], split, scans[name]) for name, split in splits.items()]
-            write_betons(jobs, scratch, image_format=image_format, workers=workers, progress=progress)
-            for left in scratch.iterdir():
-                left.unlink()
-            scratch.rmdir()
+                _check_sizes(found, source)
+            for name, split in splits.items():
+                verify_beton(betons[name], split.labels, found[name], image_format)
+            shutil.rmtree(scratch)
             options = {"size": size, "verify": verify, "test_fraction": test_fraction}
             options |= {"validation": validation, "seed": seed}
             options |= {"subset": subset, "classes": None if classes is None else list(classes)}
             options |= {"class_order": class_order, "label_column": label_column}
-            dataset = _describe(folder, opened, scans, image_format, options, log)
+            dataset = _describe(folder, opened, found, image_format, options, log)
             # Written last, because this file makes the folder a data set.
             (folder / DESCRIPTION).write_text(dataset.to_json(), encoding="utf-8")
     except OSError as error:
@@ -148,8 +146,8 @@ def _check_options(
 ) -> None:
     if size is not None and not 1 <= size <= LARGEST_SIZE:
         raise OptionError(f"size: expected 1 … {LARGEST_SIZE} pixels, got {size}")
-    if image_format not in IMAGE_FORMATS:
-        raise OptionError(f"image_format: expected {' or '.join(IMAGE_FORMATS)}, got {image_format}")
+    if image_format not in MODES:
+        raise OptionError(f"image_format: expected {' or '.join(MODES)}, got {image_format}")
     for name, share in (("test_fraction", test_fraction), ("validation", validation)):
         if share is not None and not 0 < share < 1:
             raise OptionError(f"{name}: expected a share between 0 and 1, got {share}")
@@ -175,10 +173,9 @@ def _check(source: Source, given: str | Path) -> None:
             raise DataError(f"{given}: {which} no images in {name}; add some, or take out what has none")
 
 
-def _check_sizes(scans: dict[str, Scan], given: str | Path) -> None:
+def _check_sizes(found: dict[str, Measured], given: str | Path) -> None:
     """Raise DataError unless all images have one size."""
-    sizes = {each.image_size() for each in scans.values()}
-    if len(sizes) > 1 or None in sizes:
+    if len({size for each in found.values() for size in zip(each.heights, each.widths, strict=True)}) > 1:
         remedy = f"convert it with `python data/convert.py {shlex.quote(str(given))} --out DIR --size 32`"
         raise DataError(f"{given}: its images differ in size; {remedy}")
 
@@ -186,26 +183,26 @@ def _check_sizes(scans: dict[str, Scan], given: str | Path) -> None:
 def _describe(
     folder: Path,
     source: Source,
-    scans: dict[str, Scan],
+    found: dict[str, Measured],
     image_format: str,
     options: dict[str, object],
     log: Callable[[str], None],
 ) -> Dataset:
-    mean, std = scans["train"].mean_and_std()
+    mean, std = found["train"].mean_and_std()
     if flat := [channel for channel, value in zip(CHANNELS, std, strict=True) if value == 0]:
         log(
             f"{source.name}: {' and '.join(flat)} {'is' if len(flat) == 1 else 'are'} the same in all pixels of train, "
             "so the standard deviation there counts as 1"
         )
         std = tuple(value or 1.0 for value in std)  # inputs are divided by it
-    sizes = {each.image_size() for each in scans.values()}
+    sizes = {size for each in found.values() for size in zip(each.heights, each.widths, strict=True)}
     counts = {
         name: tuple(int(n) for n in np.bincount(split.labels, minlength=len(source.classes)))
         for name, split in (("train", source.train), ("test", source.test))
     }
     checksum = source.checksum
     if checksum is None:
-        digests = scans["train"].digests + scans["test"].digests
+        digests = found["train"].digests + found["test"].digests
         checksum = digest_of_list(zip(source.paths, digests, strict=True))
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -257,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-verify", dest="verify", action="store_false", help="do not check the checksums of official CIFAR files"
     )
-    parser.add_argument("--image-format", choices=IMAGE_FORMATS, default="raw", help="raw (exact) or jpg (smaller)")
+    parser.add_argument("--image-format", choices=list(MODES), default="raw", help="raw (exact) or jpg (smaller)")
     parser.add_argument(
         "--test-fraction", type=float, metavar="F", help="share to test on without a test set (0.1; digits 0.2)"
     )
@@ -275,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--label-column", metavar="NAME", help="column of the labels, where more than one may be")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses those shares (default 0)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a processor)")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one a processor)")
     parser.add_argument("--overwrite", action="store_true", help="replace a converted data set in DIR")
     parser.add_argument("--quiet", action="store_true", help="say nothing unless something is wrong")
     return parser

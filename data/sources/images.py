@@ -127,7 +127,7 @@ def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 class Split(Protocol):
-    """The samples of one split, in the order in which they are written. Picklable, and safe to use after a fork."""
+    """The samples of one split, in the order in which they are written. Safe to use from several threads."""
 
     labels: np.ndarray  # (N,) int64
 
@@ -144,10 +144,6 @@ class Split(Protocol):
         """
         ...
 
-    def part(self, start: int, stop: int) -> Split:
-        """The samples from `start` up to `stop` as a small split of their own."""
-        ...
-
     def resized(self, size: int) -> Split:
         """The same samples as squares of `size` pixels."""
         ...
@@ -162,27 +158,22 @@ class ArraySplit:
         labels: (N,) int64.
         source: for messages.
         size: resize and crop to this side when not None.
-        first: number of the first sample, for messages.
     """
 
     images: np.ndarray
     labels: np.ndarray
     source: str
     size: int | None = None
-    first: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        return f"{self.source}, image {self.first + index}"
+        return f"{self.source}, image {index}"
 
     def load(self, index: int) -> tuple[np.ndarray, bytes]:
         pixels = self.images[index]
         return (pixels if self.size is None else resize_and_crop(pixels, self.size)), b""
-
-    def part(self, start: int, stop: int) -> ArraySplit:
-        return replace(self, images=self.images[start:stop], labels=self.labels[start:stop], first=self.first + start)
 
     def resized(self, size: int) -> ArraySplit:
         return replace(self, size=size)
@@ -218,9 +209,6 @@ class EncodedSplit:
         pixels = decode_rgb(data, self.names[index])
         return (pixels if self.size is None else resize_and_crop(pixels, self.size)), hashlib.sha256(data).digest()
 
-    def part(self, start: int, stop: int) -> EncodedSplit:
-        return replace(self, blobs=self.blobs[start:stop], names=self.names[start:stop], labels=self.labels[start:stop])
-
     def resized(self, size: int) -> EncodedSplit:
         return replace(self, size=size)
 
@@ -244,9 +232,6 @@ class ChosenSplit:
 
     def load(self, index: int) -> tuple[np.ndarray, bytes]:
         return self.split.load(int(self.places[index]))
-
-    def part(self, start: int, stop: int) -> ChosenSplit:
-        return replace(self, places=self.places[start:stop])
 
     def resized(self, size: int) -> ChosenSplit:
         return replace(self, split=self.split.resized(size))

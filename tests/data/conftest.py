@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,26 +11,6 @@ import pytest
 
 from rsengine.data import Dataset, convert
 from rsengine.data.beton.reader import BetonReader
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _ffcv_imported_once() -> Iterator[None]:
-    """Import FFCV here, so that each forked writer need not: that takes seconds. It reduces torch and numba to one
-    thread, which other tests must not see. Its main loop sleeps a tenth of a second twice a file; here less."""
-    import numba
-    import torch
-
-    threads = torch.get_num_threads(), numba.get_num_threads()
-    import ffcv.writer
-    from ffcv.fields.rgb_image import IMAGE_MODES
-
-    assert IMAGE_MODES["raw"] == 1 and IMAGE_MODES["jpg"] == 0
-    torch.set_num_threads(threads[0])
-    numba.set_num_threads(threads[1])
-    patch = pytest.MonkeyPatch()
-    patch.setattr(ffcv.writer, "sleep", lambda seconds: time.sleep(seconds / 20))
-    yield
-    patch.undo()
 
 
 @pytest.fixture(autouse=True)

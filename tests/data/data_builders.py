@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -137,29 +136,6 @@ def zipped(path: Path, folder: Path) -> Path:
 def tree_of(folder: Path) -> list[str]:
     """Everything in a folder, hidden or not."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def shared_memory_of(pids: Iterable[int]) -> set[str]:
-    """Names below /dev/shm that these processes have mapped and this one has not.
-
-    What other processes keep there comes and goes: other tests run beside these.
-    """
-    there, mapped = set(os.listdir("/dev/shm")), _mapped(os.getpid())
-    return (there & set().union(*map(_mapped, pids))) - mapped
-
-
-def abandoned_shared_memory() -> set[str]:
-    """Names below /dev/shm that no other process has mapped."""
-    there = set(os.listdir("/dev/shm"))
-    return there - shared_memory_of(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-
-
-def _mapped(pid: int) -> set[str]:
-    try:
-        maps = Path(f"/proc/{pid}/maps").read_text()
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return set()
-    return {line.partition("/dev/shm/")[2] for line in maps.splitlines() if "/dev/shm/" in line}
 
 
 def visible(folder: Path) -> list[str]:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from rsengine.data import DataError, convert, load_dataset, staging
-from rsengine.data.beton import scan as scan_module
-from rsengine.data.convert import main
-from rsengine.data.sources import images
 from rsengine.data.staging import staged_folder
-from tests.data.data_builders import class_folders, dead_pid, shared_memory_of, visible
+from tests.data.data_builders import class_folders, dead_pid, start, visible
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 convert_module = sys.modules["rsengine.data.convert"]  # the package has the function under this name
 
 
@@ -32,8 +25,8 @@ convert_module = sys.modules["rsengine.data.convert"]  # the package has the fun
     ("module", "name"),
     [
         (convert_module, "open_source"),
-        (convert_module, "scan"),
-        (convert_module, "write_betons"),
+        (convert_module, "write_split"),
+        (convert_module, "verify_beton"),
         (convert_module, "_describe"),
         (staging, "_sync_tree"),
         (staging, "_publish"),
@@ -46,76 +39,36 @@ def test_failure_at_any_point(tmp_path, monkeypatch, module, name, error):
     def fail(*arguments: object, **options: object) -> None:
         raise error("stop")
 
-    if name != "write_betons":  # not needed to reach the later points, and slow
-        monkeypatch.setattr(convert_module, "write_betons", lambda *arguments, **options: None)
-        monkeypatch.setattr(convert_module, "content_identity", lambda *arguments: "")
     monkeypatch.setattr(module, name, fail)
     with pytest.raises(error):
         convert(tmp_path / "pets", tmp_path / "a" / "out", log=lambda line: None)
     assert visible(tmp_path) == []
 
 
-def slow_main(source: str, out: str, phase: str) -> int:
-    """The command line, with a decoder that takes its time once the phase "scan" or "write" is reached."""
-    # A run of tests in the background of a shell ignores the signal, and its processes inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    plain = images.decode_rgb
-    written = f".{Path(out).name}.tmp-{os.getpid()}/train.beton"
-
-    def slow(data: bytes, name: str) -> np.ndarray:
-        if phase == "scan" or (Path(out).parent / written).exists():
-            time.sleep(0.005)
-        return plain(data, name)
-
-    images.decode_rgb = slow
-    scan_module.KEEP = 0  # so that the writer has to decode
-    return main([source, "--out", out, "--workers", "2"])
+SLOW = """
+import os, signal, sys, time
+from rsengine.data.sources import images
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
+plain = images.decode_rgb
+def slow(data, name):
+    time.sleep(0.005)
+    return plain(data, name)
+images.decode_rgb = slow
+from rsengine.data.convert import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
-def started(tmp_path: Path, phase: str) -> tuple[int, Callable[[], tuple[int, str]]]:
-    """A conversion in a session of its own, busy with the phase: its process number, and a function that waits for it
-    and returns its exit code and what it said to the user.
-
-    For "write" it is forked from here, which saves it the import of FFCV.
-    """
+def started(tmp_path: Path, out: Path) -> subprocess.Popen[str]:
+    """A conversion in a session of its own that is writing train.beton, slowly."""
     class_folders(tmp_path / "pets", each=400, size=(4, 4))
-    (tmp_path / "cache").mkdir()
-    errors = (tmp_path / "cache" / "errors").open("w+")
-    arguments = [str(tmp_path / "pets"), str(tmp_path / "out"), phase]
-
-    def forked() -> None:
-        os.setsid()
-        os.dup2(errors.fileno(), 2)
-        sys.stderr = errors
-        sys.exit(slow_main(*arguments))
-
-    process: subprocess.Popen | BaseProcess
-    if phase == "write":
-        process = multiprocessing.get_context("fork").Process(target=forked)
-        process.start()
-    else:
-        code = (
-            f"import sys; sys.path[:0] = {[str(REPOSITORY)]}; "
-            "from tests.data import test_interruption as test; sys.exit(test.slow_main(*sys.argv[1:]))"
-        )
-        process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=errors, start_new_session=True)
-
-    def wait() -> tuple[int, str]:
-        if isinstance(process, subprocess.Popen):
-            code = process.wait(60)
-        else:
-            process.join(60)
-            code = process.exitcode
-        errors.seek(0)
-        return code, errors.read()
-
-    wanted = f".out.tmp-{process.pid}/" + ("train.beton" if phase == "write" else "scratch")
+    process = start(SLOW, tmp_path / "pets", "--out", out, "--workers", 2)
     deadline = time.monotonic() + 60
-    while not (tmp_path / wanted).exists():
-        assert time.monotonic() < deadline
+    while not list(tmp_path.rglob("train.beton")):
+        assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
-    time.sleep(0.5)
-    return process.pid, wait
+    time.sleep(0.3)
+    return process
 
 
 def members(session: int) -> list[int]:
@@ -132,48 +85,40 @@ def members(session: int) -> list[int]:
     return found
 
 
-def assert_all_gone(session: int, shared: set[str]) -> None:
-    """No process of the session and none of its shared memory is left, within the time such things take."""
-    deadline = time.monotonic() + 20
-    while members(session) or set(os.listdir("/dev/shm")) & shared:
-        assert time.monotonic() < deadline, (members(session), os.listdir("/dev/shm"))
-        time.sleep(0.05)
-
-
-@pytest.mark.parametrize(
-    ("number", "code", "phase"),
-    [(signal.SIGTERM, 143, "scan"), (signal.SIGINT, 130, "scan"), (signal.SIGINT, 130, "write")],
-)
-def test_signals(tmp_path, number, code, phase):
-    pid, wait = started(tmp_path, phase)
-    shared = shared_memory_of(members(pid))
-    if number == signal.SIGINT:
-        os.killpg(pid, number)  # to all its processes, as the terminal does
-    else:
-        os.kill(pid, number)
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty folder"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals(tmp_path, number, code, there):
+    if there:
+        (tmp_path / "out").mkdir()
+    process = started(tmp_path, tmp_path / "out")
+    os.killpg(process.pid, number)  # to all its processes, as the terminal does
     begin = time.monotonic()
-    assert wait() == (code, "interrupted: nothing was written\n" if number == signal.SIGINT else "")
+    said = process.communicate(timeout=60)[1].rpartition("\r")[2]  # after the progress bar
+    assert process.returncode == code
+    assert said.strip() == ("interrupted: nothing was written" if number == signal.SIGINT else "")
     assert time.monotonic() - begin < 8
-    assert visible(tmp_path) == []
-    assert_all_gone(pid, shared)
+    assert visible(tmp_path) == (["out"] if there else [])
+    assert not there or not any((tmp_path / "out").iterdir())
+    assert members(process.pid) == []
 
 
-@pytest.mark.parametrize("phase", ["scan", "write"])
-def test_kill_leaves_only_a_folder_that_the_next_conversion_removes(tmp_path, phase):
-    pid, wait = started(tmp_path, phase)
-    shared = shared_memory_of(members(pid))
-    assert len(members(pid)) >= (4 if phase == "write" else 3)  # itself, the writer, two workers
-    assert shared or phase == "scan"
-    os.kill(pid, signal.SIGKILL)
-    assert wait() == (-signal.SIGKILL, "")
-    assert_all_gone(pid, shared)
-    left = f".out.tmp-{pid}"
-    assert visible(tmp_path) == [left]
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty folder"])
+def test_kill_leaves_only_a_folder_that_the_next_conversion_removes(tmp_path, there):
+    if there:
+        (tmp_path / "out").mkdir()
+    process = started(tmp_path, tmp_path / "out")
+    assert members(process.pid) == [process.pid]  # no helper that could be left
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and members(process.pid) == []
+    left = f".out.tmp-{process.pid}"
+    assert visible(tmp_path / "out" if there else tmp_path) == [left]
     with pytest.raises(DataError, match="interrupted"):
-        load_dataset(tmp_path / left)
+        load_dataset((tmp_path / "out" if there else tmp_path) / left)
     class_folders(tmp_path / "small" / "pets")
     convert(tmp_path / "small" / "pets", tmp_path / "out", log=lambda line: None)
     assert visible(tmp_path) == ["out", "small"]
+    assert visible(tmp_path / "out") == ["dataset.json", "test.beton", "train.beton"]
 
 
 def test_leftovers_of_the_living_stay(tmp_path):

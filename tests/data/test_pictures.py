@@ -78,7 +78,7 @@ def test_all_files_that_are_no_pictures_are_named_at_once(tmp_path, count):
 
 
 def test_damaged_pictures_and_texts_are_named_together(tmp_path, monkeypatch):
-    monkeypatch.setattr("rsengine.data.beton.scan.CHUNK", 2)
+    monkeypatch.setattr("rsengine.data.beton.split.CHUNK", 2)
     class_folders(tmp_path / "pets")
     (tmp_path / "pets" / "train" / "cat" / "a.jpg").write_bytes(jpeg(pixels(1, 0)[0])[:-40])
     (tmp_path / "pets" / "train" / "eel" / "b").write_bytes(b"")

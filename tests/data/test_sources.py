@@ -271,7 +271,7 @@ def test_dataset_json_says_everything(tmp_path, converted):
     content = json.loads((dataset.folder / "dataset.json").read_text())
     assert content["classes"] == list(CLASSES)
     assert content["counts"] == {"train": 9, "test": 9}
-    assert {"python", "ffcv", "numpy", "pillow"} <= set(content["versions"])
+    assert {"python", "numpy", "pillow"} <= set(content["versions"])
     assert sorted(path.name for path in dataset.folder.iterdir()) == ["dataset.json", "test.beton", "train.beton"]
 
 
