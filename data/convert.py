@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import errno
 import os
 import platform
 import shlex
@@ -38,6 +39,7 @@ from rsengine.output import patient_output
 PACKAGES = ("rsengine", "numpy", "pillow")
 CHANNELS = ("red", "green", "blue")
 LARGEST_SIZE = 4096
+FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded"}
 
 
 class OptionError(ValueError):
@@ -136,8 +138,7 @@ def convert(
             # Written last, because this file makes the folder a data set.
             (folder / DESCRIPTION).write_text(dataset.to_json(), encoding="utf-8")
     except OSError as error:
-        name = error.filename if error.filename is not None else out
-        raise DataError(f"{name}: {error.strerror or error}; check the path, permissions and disk space") from error
+        raise DataError(_reason(error, out)) from error
     return load_dataset(out)
 
 
@@ -160,6 +161,20 @@ def _check_choice(subset: float | None, class_order: str) -> None:
         raise OptionError(f"subset: expected a share between 0 and 1 or a whole number of images, got {subset}")
     if class_order not in ORDERS:
         raise OptionError(f"class_order: expected {' or '.join(ORDERS)}, got {class_order}")
+
+
+def _reason(error: OSError, out: Path) -> str:
+    """What the system refused, where, and the remedy."""
+    if error.errno in FULL:
+        disk = Path(os.path.realpath(out))
+        while not os.path.ismount(disk):
+            disk = disk.parent
+        free = shutil.disk_usage(disk).free >> 20
+        return f"{out}: {FULL[error.errno]} on the disk at {disk} ({free} MiB free); make room, or take another disk"
+    if error.errno == errno.EFBIG:
+        return f"{out}: a file may not become as large as needed; raise the limit (ulimit -f unlimited)"
+    name = out if error.filename is None else error.filename
+    return f"{name}: {error.strerror or error}; check the path, permissions and disk space"
 
 
 def _check(source: Source, given: str | Path) -> None:

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from rsengine.cache import VARIABLE as CACHE_VARIABLE
 from rsengine.cache import cache_folder
 from rsengine.data.convert import convert
 from rsengine.data.dataset import FORMAT_VERSION, Dataset, load_dataset
@@ -166,12 +167,15 @@ def _converted(source: str | Path, log: Callable[[str], None]) -> Dataset:
     log(f"data: converting {source} into {folder}")
     try:
         return convert(source, folder, overwrite=damaged, progress=True, log=log)
-    except DataError:
+    except DataError as error:
         # Another process may have converted the same source meanwhile; then its result is as good as ours.
         if not damaged and (folder / DESCRIPTION).is_file():
             dataset = load_dataset(folder)
             log(f"data: {source} was converted by another process meanwhile")
             return dataset
+        refused = error.__cause__
+        if isinstance(refused, OSError) and not str(refused.filename).startswith(str(source)):
+            raise DataError(f"{error}; {CACHE_VARIABLE} can name another folder for what is converted") from refused
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -273,6 +274,26 @@ def test_two_processes_at_once(tmp_path, pets):
     folders = list((tmp_path / "cache" / "datasets").iterdir())
     assert len(folders) == 1
     load_dataset(folders[0])
+
+
+@pytest.mark.parametrize("variable", ["RSENGINE_CACHE", "HOME"])
+def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path, pets, monkeypatch, variable):
+    (tmp_path / "file").touch()
+    for name in ("RSENGINE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / "file" / "folder"))
+    with pytest.raises(DataError, match=rf"{tmp_path}/file/\S+: Not a directory; check .*; RSENGINE_CACHE can name"):
+        find_dataset(pets, log=lambda line: None)
+
+
+def test_a_full_disk_of_the_cache_names_the_variable(tmp_path, pets, monkeypatch):
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr("rsengine.data.beton.writer.BetonWriter.finish", fail)
+    with pytest.raises(DataError, match=r"no space left on the disk at /.*; RSENGINE_CACHE can name another folder"):
+        find_dataset(pets, log=lambda line: None)
+    assert not list((tmp_path / "cache").rglob("*.beton"))
 
 
 def test_the_loser_takes_what_the_winner_made(pets, said, monkeypatch):
