@@ -38,7 +38,7 @@ from rsengine.output import patient_output
 
 PACKAGES = ("rsengine", "numpy", "pillow")
 CHANNELS = ("red", "green", "blue")
-LARGEST_SIZE = 4096
+LARGEST_SIZE, LARGEST_SEED, MOST_WORKERS = 4096, 2**63 - 1, 1024
 FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded"}
 
 
@@ -93,7 +93,7 @@ def convert(
         DataError: one line naming the file and the remedy.
         OptionError: an option out of range.
     """
-    _check_options(size, image_format, test_fraction, validation, workers)
+    _check_options(size, image_format, test_fraction, validation, seed, workers)
     _check_choice(subset, class_order)
     out = expanded(out)
     workers = workers or len(os.sched_getaffinity(0))
@@ -143,17 +143,25 @@ def convert(
 
 
 def _check_options(
-    size: int | None, image_format: str, test_fraction: float | None, validation: float | None, workers: int | None
+    size: int | None,
+    image_format: str,
+    test_fraction: float | None,
+    validation: float | None,
+    seed: int,
+    workers: int | None,
 ) -> None:
-    if size is not None and not 1 <= size <= LARGEST_SIZE:
-        raise OptionError(f"size: expected 1 … {LARGEST_SIZE} pixels, got {size}")
+    for name, value, least, most in (
+        ("size", size, 1, LARGEST_SIZE),
+        ("seed", seed, -LARGEST_SEED, LARGEST_SEED),
+        ("workers", workers, 1, MOST_WORKERS),
+    ):
+        if value is not None and not (isinstance(value, int) and least <= value <= most):
+            raise OptionError(f"{name}: expected a whole number from {least} to {most}, got {value}")
     if image_format not in MODES:
         raise OptionError(f"image_format: expected {' or '.join(MODES)}, got {image_format}")
     for name, share in (("test_fraction", test_fraction), ("validation", validation)):
         if share is not None and not 0 < share < 1:
             raise OptionError(f"{name}: expected a share between 0 and 1, got {share}")
-    if workers is not None and workers < 1:
-        raise OptionError(f"workers: expected at least 1, got {workers}")
 
 
 def _check_choice(subset: float | None, class_order: str) -> None:

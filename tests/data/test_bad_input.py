@@ -376,11 +376,25 @@ def test_unsupported_pixel_type():
 
 
 @pytest.mark.parametrize(
-    "options", [["--size", "0"], ["--test-fraction", "1"], ["--validation", "0"], ["--workers", "0"]]
+    "options",
+    [
+        ["--size", "0"],
+        ["--size", "1000000000"],
+        ["--test-fraction", "1"],
+        ["--test-fraction", "inf"],
+        ["--validation", "0"],
+        ["--validation", "nan"],
+        ["--seed", "9" * 100],
+        ["--seed", "-" + "9" * 100],
+        ["--workers", "0"],
+        ["--workers", "1000000"],
+    ],
+    ids=" ".join,
 )
 def test_options_out_of_range(tmp_path, capsys, options):
     assert main([str(pets(tmp_path)), "--out", str(tmp_path / "out"), *options]) == 2
-    assert options[1] in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert options[1] in error and error.count("\n") == 1 and options[0][2:].replace("-", "_") in error
     assert not (tmp_path / "out").exists()
 
 
