@@ -29,6 +29,7 @@ from rsengine.data.dataset import Dataset, load_dataset
 from rsengine.data.errors import DataError, few
 from rsengine.data.identity import content_identity
 from rsengine.data.paths import BETONS, DESCRIPTION, expanded
+from rsengine.data.sources.archives import file_digest
 from rsengine.data.sources.base import Source, with_validation
 from rsengine.data.sources.choice import ORDERS, in_order, with_classes, with_subset
 from rsengine.data.sources.open import open_source
@@ -249,6 +250,7 @@ def _describe(
         versions=versions,
         options=options,
         identity=content_identity(source.classes, [folder / BETONS[split] for split in ("train", "test")]),
+        sha256={split: file_digest(folder / name, "sha256") for split, name in BETONS.items()},
     )
 
 

@@ -1,8 +1,9 @@
 """Batches from a ``.beton`` file through FFCV, without FFCV's pitfalls.
 
 FFCV sets torch's thread count to its own number of workers, returns views of a buffer that it will overwrite, leaves
-its thread running when a loop ends early, and hangs forever when that thread dies. Here the thread count is restored,
-batches are copies, the thread is always joined, and its death raises an error.
+its thread running when a loop ends early, hangs forever when that thread dies, and reads wherever a damaged file says.
+Here the thread count is restored, batches are copies, the thread is always joined, its death raises an error, and the
+file is checked first.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rsengine.augment import SeededOperation
+from rsengine.data.beton.reader import BetonReader
 from rsengine.device import preserved_threads
 from rsengine.errors import LoaderError, smaller_batch
 
@@ -49,6 +51,7 @@ class BetonLoader:
         drop_last: bool = False,
         seed: int = 0,
     ) -> None:
+        BetonReader(path)  # raises DataError for a damaged file
         self.batch_size = batch_size
         self.augmentations = list(augmentations)
         self._order = _Order(shuffle, seed)
