@@ -6,11 +6,22 @@ import contextlib
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator
 
 # The reader has gone: a pipe closed, a terminal hung up. That is no fault, and no one is left to be told.
 _GONE = {errno.EPIPE, errno.EIO, errno.ECONNRESET}
+_NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def escaped(text: object) -> str:
+    """``text`` with escapes for what no line of text holds, as the names of files may.
+
+    These are line breaks and other control characters, which a terminal would follow, and what Python makes of bytes
+    that are no text.
+    """
+    return _NO_TEXT.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 class _Patient(io.FileIO):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,15 @@ import torch
 from torch import Tensor
 
 from rsengine.data import DataError
-from rsengine.data.sources.images import decode_rgb, resize_and_crop
+from rsengine.data.sources.images import SUFFIXES, decode_rgb, resize_and_crop
+from rsengine.data.sources.tree import walk
 from rsengine.device import choose_execution
 from rsengine.errors import run_command
 from rsengine.model.preprocess import Preprocess
+from rsengine.output import escaped
 from rsengine.run.weights import Weights, load_weights
+
+PIXELS = 256 * 32 * 32  # in a batch, so that memory does not depend on how many pictures there are
 
 
 @torch.inference_mode()
@@ -51,29 +56,70 @@ def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
     return resize_and_crop(pixels, size[0])
 
 
+def pictures(given: Iterable[Path]) -> Iterator[Path | DataError]:
+    """The picture files that ``given`` names: files as they are, and of a folder all pictures below it, by name.
+
+    A folder that cannot be read, or has none, gives its error in place of pictures.
+    """
+    for path in given:
+        if not os.path.isdir(path):
+            yield path
+            continue
+        try:
+            files, _ = walk(path)
+        except DataError as error:
+            yield error
+            continue
+        inside = [path / name for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES]
+        yield from inside or [DataError(f"{path}: holds no pictures ({', '.join(sorted(SUFFIXES))})")]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status: 0, 1 when some pictures could not be read, 2 when none could."""
     parser = argparse.ArgumentParser(prog="python -m rsengine.predict", description=__doc__)
     parser.add_argument("run", help="a run folder, or its weights.safetensors")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="picture files")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="picture files, or folders of them")
     parser.add_argument(
         "--top", type=int, default=3, metavar="K", help="classes to print for each picture (default: 3)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    arguments = parser.parse_args(argv)
-    return run_command(lambda: _predict(arguments))
+    return run_command(lambda: _predict(parser.parse_args(argv)))
 
 
 def _predict(arguments: argparse.Namespace) -> int:
     device = choose_execution(arguments.device, "fp32").device
     weights = load_weights(arguments.run)
     weights.model.to(device, memory_format=torch.channels_last)
-    images = np.stack([read_image(path, weights.image_size) for path in arguments.images])
-    top = max(1, min(arguments.top, len(weights.classes)))
-    for path, row in zip(arguments.images, predict(weights, images), strict=True):
-        best = row.topk(top)
-        scores = ", ".join(f"{weights.classes[c]} {p:.1%}" for p, c in zip(best.values, best.indices, strict=True))
-        print(f"{path}: {scores}")
-    return 0
+    height, width = weights.image_size
+    most = max(1, PIXELS // (height * width))
+    read, failed = 0, 0
+    paths: list[Path] = []
+    images: list[np.ndarray] = []
+    for path in pictures(arguments.images):
+        try:
+            if isinstance(path, DataError):
+                raise path
+            images.append(read_image(path, weights.image_size))
+            paths.append(path)
+        except DataError as error:
+            failed += 1
+            print(f"error: {escaped(error)}", file=sys.stderr)
+        if len(images) == most:
+            _print_classes(weights, paths, images, arguments.top)
+            read += len(images)
+            paths, images = [], []
+    if images:
+        _print_classes(weights, paths, images, arguments.top)
+        read += len(images)
+    return 0 if not failed else 1 if read else DataError.status
+
+
+def _print_classes(weights: Weights, paths: list[Path], images: list[np.ndarray], top: int) -> None:
+    """Print a line for each picture: its path, and the ``top`` likeliest classes with their probabilities."""
+    best = predict(weights, np.stack(images)).topk(max(1, min(top, len(weights.classes))))
+    for path, values, classes in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
+        scores = ", ".join(f"{escaped(weights.classes[c])} {p:.1%}" for p, c in zip(values, classes, strict=True))
+        print(f"{escaped(path)}: {scores}", flush=True)
 
 
 if __name__ == "__main__":

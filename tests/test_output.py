@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rsengine.output import patient_output
+from rsengine.output import escaped, patient_output
 
 CODE = """
 import sys
@@ -58,6 +58,10 @@ def test_characters_that_the_output_lacks_are_escaped(tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     process = start(tmp_path, code, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.communicate()[0] == "32\\xd732\n" and process.returncode == 0
+
+
+def test_what_no_line_of_text_holds_is_escaped():
+    assert escaped("a\nb\x1b[2J\u2028\x85caf\udce9 猫 قطة") == "a\\nb\\x1b[2J\\u2028\\x85caf\\udce9 猫 قطة"
 
 
 def test_streams_that_are_not_the_process_s_own_stay(capsys):
