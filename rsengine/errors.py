@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from rsengine.cache import keep_compiled_code
 from rsengine.data.errors import UserError
-from rsengine.output import patient_output
+from rsengine.output import escaped, patient_output
 
 
 class SettingsError(UserError, ValueError):
@@ -38,6 +38,16 @@ def run_command(run: Callable[[], int]) -> int:
         except (UserError, OSError) as error:
             print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
             return getattr(error, "status", UserError.status)
+        except UnicodeEncodeError as error:
+            if error.encoding == "utf-8":
+                raise
+            missing = error.object[error.start : error.end]
+            print(
+                f"error: {escaped(error.object)}: file names are in {error.encoding} here, which lacks {missing}; set "
+                "the environment variable PYTHONUTF8=1",
+                file=sys.stderr,
+            )
+            return UserError.status
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

@@ -60,6 +60,16 @@ def test_characters_that_the_output_lacks_are_escaped(tmp_path):
     assert process.communicate()[0] == "32\\xd732\n" and process.returncode == 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="file names have another encoding there")
+def test_a_name_that_the_locale_cannot_write_is_an_error_with_the_remedy(tmp_path):
+    code = "import sys; from rsengine.errors import run_command; sys.exit(run_command(lambda: open('runs/猫', 'w')))"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    process = start(tmp_path, code.encode("unicode_escape"), env=environment, stderr=subprocess.PIPE, text=True)
+    (line,) = process.communicate()[1].splitlines()
+    assert line.startswith("error: runs/\\u732b: file names are in ascii here") and "PYTHONUTF8=1" in line
+    assert process.returncode == 2
+
+
 def test_what_no_line_of_text_holds_is_escaped():
     assert escaped("a\nb\x1b[2J\u2028\x85caf\udce9 猫 قطة") == "a\\nb\\x1b[2J\\u2028\\x85caf\\udce9 猫 قطة"
 

@@ -11,6 +11,7 @@ from rsengine.config import Recipe
 from rsengine.data import find_dataset
 from rsengine.errors import SettingsError, run_command
 from rsengine.run.augmented import draw_augmented
+from rsengine.run.lettering import labels_said
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,6 +44,7 @@ def _draw(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         images=arguments.images,
         epochs=arguments.rows,
+        labels=labels_said(dataset.classes, print),
     )
     print(f"wrote {arguments.out}")
     return 0

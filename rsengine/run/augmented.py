@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,12 @@ def draw_augmented(
     seed: int = 0,
     images: int = 10,
     epochs: int = 3,
+    labels: Sequence[str] = (),
 ) -> None:
     """Draw ``images`` training images, spread over the set, above what the pipeline makes of them in its first epochs.
 
-    The policy's operations are written below each image; crop, flip and Cutout can be seen.
+    The policy's operations are written below each image; crop, flip and Cutout can be seen. ``labels``: what to call
+    the classes, if not by their names.
 
     Raises:
         ValueError: the images of the data set differ in size.
@@ -51,5 +54,5 @@ def draw_augmented(
         rows.append((f"epoch {epoch + 1}", batch))
         if program is not None:
             captions.append(["\n".join(describe(program, seed, epoch, int(i))) for i in indices])
-    names = [dataset.classes[label] for label in reader.labels[indices]]
+    names = [(labels or dataset.classes)[label] for label in reader.labels[indices]]
     plots.image_grid(rows, path, titles=names, captions=captions if program is not None else (), title=title)

@@ -8,8 +8,10 @@ importing this module does not import matplotlib. Every picture is written to a 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import textwrap
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rsengine.run.files import write_atomically
+from rsengine.run.lettering import BASE, DPI, Lettering, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_DPI = 150
 WIDTH = 1260
 
 # Okabe and Ito's palette: told apart with any of the common colour deficiencies, and in print.
@@ -34,8 +36,7 @@ _FAINT = "#BCD9CE"  # the train colour, pale
 
 # Everything that a user's matplotlibrc could change for the worse.
 _STYLE: dict[str, Any] = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
+    "font.family": [BASE],
     "font.size": 10.0,
     "text.color": INK,
     "text.usetex": False,
@@ -79,7 +80,8 @@ def curves(
     """
     if not epochs and not intervals:
         raise ValueError("curves: expected at least one epoch or interval record, got none")
-    with new_figure(WIDTH, 1320) as figure:
+    letters = Lettering([title])
+    with new_figure(WIDTH, 1320, letters.families) as figure:
         loss, accuracy, rate = figure.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 3, 1.5]})
         # Fixed margins: every run's picture has its panels in the same place, so two of them can be compared.
         figure.subplots_adjust(left=0.093, right=0.892, top=0.917, bottom=0.055, hspace=0.085)
@@ -111,7 +113,8 @@ def curves(
 
         figure.align_ylabels()
         middle = (0.093 + 0.892) / 2
-        figure.text(middle, 0.979, _short(title, 90), fontsize=13, fontweight="bold", ha="center", va="center")
+        heading = _short(letters.drawable(title), 90)
+        figure.text(middle, 0.979, heading, fontsize=13, fontweight="bold", ha="center", va="center")
         # One legend for all panels, outside them: inside, some run's curve would sooner or later pass behind it.
         handles = {line.get_label(): line for axes in (loss, accuracy) for line in axes.get_lines()}
         if handles:
@@ -157,17 +160,18 @@ def confusion(matrix: np.ndarray, path: Path, *, classes: Sequence[str], title: 
     # A class without test images has no percentages: NaN, drawn grey, rather than a row of zeros.
     percent = np.divide(100.0 * counts, totals, out=np.full_like(counts, np.nan), where=totals > 0)
 
-    names = [_short(name, 18) for name in classes]
+    letters = Lettering([*classes, title])
+    names = [_short(letters.drawable(name), 18) for name in classes]
     step = math.ceil(size / 50)
     fontsize = 10 if size <= 14 else 8.5 if size <= 30 else 7
     # A whole number of pixels a class, so that no cell is wider than its neighbour and none is dropped.
     side = size * max(1, round(900 / size)) if size <= 1000 else 1000
-    name_px = max(text_width(name, fontsize) for name in names[::step])
+    name_px = max(letters.width(name, fontsize) for name in names[::step])
     left, right, top = 74 + name_px, 164, 74
     bottom = 66 + (name_px if size > 20 else 0.72 * name_px + 14)
     page_w, page_h = math.ceil(left + side + right), math.ceil(top + side + bottom)
 
-    with new_figure(page_w, page_h) as figure:
+    with new_figure(page_w, page_h, letters.families) as figure:
         from matplotlib import colormaps
         from matplotlib.colors import PowerNorm
 
@@ -198,8 +202,8 @@ def confusion(matrix: np.ndarray, path: Path, *, classes: Sequence[str], title: 
         middle = (left + side / 2) / page_w
         figure.text(24 / page_w, 1 - (top + side / 2) / page_h, "True class", rotation=90, ha="center", va="center")
         figure.text(middle, 24 / page_h, "Predicted class", ha="center", va="center")
-        heading = {"fontsize": 13, "fontweight": "bold", "ha": "center", "va": "center"}
-        figure.text(middle, 1 - 38 / page_h, _short(title, 80), **heading)
+        bold = {"fontsize": 13, "fontweight": "bold", "ha": "center", "va": "center"}
+        figure.text(middle, 1 - 38 / page_h, _short(letters.drawable(title), 80), **bold)
         save_figure(figure, path)
 
 
@@ -226,8 +230,9 @@ def image_grid(
     number, _, width = rows[0][1].shape[:3]
     # The layout is counted in pixels and the images are placed unscaled: axes would resample them.
     edge, gap = 24, 8
-    labels = ["\n".join(textwrap.wrap(_short(label, 60), 16)) for label, _ in rows]
-    label_px = max(text_width(label, 10) for label in labels)
+    letters = Lettering([title, *titles, *(label for label, _ in rows), *itertools.chain(*captions)])
+    labels = ["\n".join(textwrap.wrap(_short(letters.drawable(label), 60), 16)) for label, _ in rows]
+    label_px = max(letters.width(label, 10) for label in labels)
     left = edge + (math.ceil(label_px) + 14 if label_px else 0)
     room = (1400 - left - edge - gap * (number - 1)) / number
     grow = min(max(1, int(room // width)), 8)
@@ -240,13 +245,13 @@ def image_grid(
     page_w = max(left + number * (cell_w + gap) - gap + edge, 480)
     page_h = top + len(rows) * pitch - gap + edge
 
-    with new_figure(page_w, page_h) as figure:
+    with new_figure(page_w, page_h, letters.families) as figure:
 
         def text(x: float, y: float, words: str, **how: Any) -> None:
             figure.text(x / page_w, 1 - y / page_h, words, **how)
 
-        words = _short(title, 90)
-        size = _fitting(words, page_w - 2 * edge, largest=13, bold=True)
+        words = _short(letters.drawable(title), 90)
+        size = letters.fitting(words, page_w - 2 * edge, largest=13, bold=True)
         text(page_w / 2, edge + 18, words, ha="center", va="center", fontweight="bold", fontsize=size)
         for row, (label, images) in enumerate(zip(labels, cells, strict=True)):
             y = top + row * pitch
@@ -255,12 +260,12 @@ def image_grid(
                 x = left + column * (cell_w + gap)
                 figure.figimage(image, x, page_h - y - cell_h, origin="upper")
                 if captions:
-                    below = [_short(line, 30) for line in captions[row][column].split("\n")]
-                    size = min(_fitting(line, 0.9 * cell_w, largest=6.5) for line in below)
+                    below = [_short(letters.drawable(line), 30) for line in captions[row][column].split("\n")]
+                    size = min(letters.fitting(line, 0.9 * cell_w, largest=6.5) for line in below)
                     text(x, y + cell_h + 2, "\n".join(below), ha="left", va="top", fontsize=size, linespacing=1.1)
         # One size for all titles, the one at which the longest fits.
-        above = [_short(words, 24) for words in titles]
-        size = min(_fitting(words, cell_w + gap - 4, largest=10) for words in above)
+        above = [_short(letters.drawable(words), 24) for words in titles]
+        size = min(letters.fitting(words, cell_w + gap - 4, largest=10) for words in above)
         for column, words in enumerate(above):
             x = left + column * (cell_w + gap) + cell_w / 2
             text(x, top - 8, words, ha="center", va="bottom", fontsize=size)
@@ -268,15 +273,18 @@ def image_grid(
 
 
 @contextmanager
-def new_figure(width: int, height: int) -> Iterator[Figure]:
-    """Open an empty figure of ``width`` x ``height`` pixels, with this module's style for as long as it is drawn on."""
+def new_figure(width: int, height: int, families: Sequence[str] = (BASE,)) -> Iterator[Figure]:
+    """Open an empty figure of ``width`` x ``height`` pixels, with this module's style for as long as it is drawn on.
+
+    ``families``: names of fonts, see :class:`Lettering`.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE | {"font.family": list(families)}):
         # The hundredth of a pixel keeps a product such as 1259.9999 from being cut to 1259.
-        figure = Figure(figsize=((width + 0.01) / _DPI, (height + 0.01) / _DPI), dpi=_DPI)
+        figure = Figure(figsize=((width + 0.01) / DPI, (height + 0.01) / DPI), dpi=DPI)
         FigureCanvasAgg(figure)
         yield figure
 
@@ -322,25 +330,17 @@ def _number_cells(axes: Axes, percent: np.ndarray) -> None:
 
 
 def text_width(words: str, size: float, *, bold: bool = False) -> float:
-    """Pixels that the widest line of ``words`` takes at font size ``size``."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextPath
-
-    font = FontProperties(family="DejaVu Sans", weight="bold" if bold else "normal", size=size)
-    lines = [line for line in words.split("\n") if line.strip()]
-    points = max((TextPath((0, 0), line, prop=font, usetex=False).get_extents().width for line in lines), default=0.0)
-    return points * _DPI / 72
-
-
-def _fitting(words: str, width: float, *, largest: float, bold: bool = False) -> float:
-    """The largest font size up to ``largest``, but no less than 5.5, at which ``words`` fit into ``width`` pixels."""
-    drawn = text_width(words, largest, bold=bold)
-    return largest if drawn <= width else max(5.5, largest * width / drawn)
+    """Pixels that the widest line of ``words``, in Latin letters, takes at font size ``size``."""
+    return Lettering().width(words, size, bold=bold)
 
 
 def _short(words: str, length: int) -> str:
-    words = " ".join(str(words).split())
-    return words if len(words) <= length else words[: length - 1].rstrip() + "…"
+    """``words`` in one line of at most ``length`` columns, of which Chinese, Japanese and Korean letters take two."""
+    words = plain(words)
+    columns = list(itertools.accumulate(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in words))
+    if not words or columns[-1] <= length:
+        return words
+    return words[: sum(column < length for column in columns)].rstrip() + "…"
 
 
 def _finite(value: Any) -> bool:

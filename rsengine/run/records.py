@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rsengine.config import Recipe
@@ -13,6 +13,7 @@ from rsengine.model import ResNetRS
 from rsengine.run import plots
 from rsengine.run.augmented import draw_augmented
 from rsengine.run.files import AUGMENTED_FILE, CONFUSION_FILE, CURVES_FILE
+from rsengine.run.lettering import labels_said
 from rsengine.run.log import EPOCH, INTERVAL, RunLog
 from rsengine.run.report import write_report
 
@@ -25,10 +26,13 @@ def write_records(
     execution: Execution,
     model: ResNetRS,
     result: Mapping[str, Evaluation],
+    say: Callable[[str], None] = print,
 ) -> None:
     """Write ``curves.png``, ``augmented.png``, ``confusion.png`` and ``report.md`` into the run folder ``out``.
 
-    ``result``: of the last evaluation, by weights (``raw``, ``ema``); empty before the first.
+    Args:
+        result: of the last evaluation, by weights (``raw``, ``ema``); empty before the first.
+        say: called with a line on class names that no picture can show.
     """
     log = RunLog(out)
     title = f"{recipe.name} on {dataset.name}"
@@ -37,12 +41,19 @@ def write_records(
         plots.curves(epochs, intervals, out / CURVES_FILE, title=title)
     else:  # all of them were lost
         (out / CURVES_FILE).unlink(missing_ok=True)
-    seed = recipe.train.seed
-    draw_augmented(dataset, recipe.augment, out / AUGMENTED_FILE, title=f"{title}: augmentation", seed=seed)
+    labels = labels_said(dataset.classes, say)
+    draw_augmented(
+        dataset,
+        recipe.augment,
+        out / AUGMENTED_FILE,
+        title=f"{title}: augmentation",
+        seed=recipe.train.seed,
+        labels=labels,
+    )
     weights = "ema" if "ema" in result else "raw"
     matrix = result[weights].confusion if result else None
     if matrix is not None:
-        plots.confusion(matrix, out / CONFUSION_FILE, classes=dataset.classes, title=f"{title}, {weights} weights")
+        plots.confusion(matrix, out / CONFUSION_FILE, classes=labels, title=f"{title}, {weights} weights")
     write_report(
         out,
         recipe_toml=recipe.to_toml(),
@@ -53,6 +64,7 @@ def write_records(
         ],
         confusion=matrix,
         classes=dataset.classes,
+        labels=labels,
         notes=[
             f"{execution.reason}; {execution.threads} threads",
             "The losses of training and test are both with the recipe's label smoothing",

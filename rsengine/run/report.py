@@ -36,6 +36,7 @@ def write_report(
     classes: Sequence[str],
     notes: Sequence[str],
     planned_epochs: int,
+    labels: Sequence[str] = (),
 ) -> None:
     """Write ``report.md`` into a run folder, replacing an older one atomically.
 
@@ -49,9 +50,10 @@ def write_report(
         dataset_line: one line of Markdown: name, image counts, image size, classes.
         model_lines: lines of Markdown about the model, e.g. name, parameters, multiply-adds.
         confusion: (C, C) int64 counts, row = true class, column = prediction, of the whole test set; or None.
-        classes: the C class names; not read when ``confusion`` is None.
+        classes: the C class names.
         notes: lines of Markdown, e.g. the exact command that repeats the run.
         planned_epochs: epochs the recipe asks for; with fewer done, the report calls the run unfinished.
+        labels: what the pictures call the C classes, if not by their names; the report then has the key to them.
 
     Raises:
         FileNotFoundError: the folder has no ``metrics.jsonl``.
@@ -74,8 +76,9 @@ def write_report(
     curves, matrix, augmented = (_picture(folder, name) for name in _PICTURES)
     if curves or epochs:
         parts += ["## Training", *curves, *_epoch_table(epochs)]
-    if matrix or confusion is not None:
-        parts += ["## Classes", *matrix]
+    key = _key(classes, labels or classes)
+    if matrix or key or confusion is not None:
+        parts += ["## Classes", *matrix, *key]
     if confusion is not None:
         parts += [*_class_tables(confusion, classes), *_confusions(confusion, classes)]
     if augmented:
@@ -83,7 +86,8 @@ def write_report(
     parts += ["## Recipe", _fenced(recipe_toml, "toml")]
     parts += ["## Machine and versions", *_machine_table(starts)]
 
-    write_atomically(folder / REPORT_FILE, ("\n\n".join(parts) + "\n").encode())
+    # Names may hold bytes that are no text.
+    write_atomically(folder / REPORT_FILE, ("\n\n".join(parts) + "\n").encode(errors="backslashreplace"))
 
 
 def _headline(
@@ -207,6 +211,14 @@ def _class_tables(matrix: np.ndarray, classes: Sequence[str]) -> list[str]:
         _table(head, rows, align="right"),
         "</details>",
     ]
+
+
+def _key(classes: Sequence[str], labels: Sequence[str]) -> list[str]:
+    rows = [(label, _plain(name)) for label, name in zip(labels, classes, strict=True) if label != name]
+    if not rows:
+        return []
+    why = "No font on the machine had the characters of these names, so the pictures number them."
+    return [why, _table(("In the pictures", "Class"), rows)]
 
 
 def _confusions(matrix: np.ndarray, classes: Sequence[str]) -> list[str]:

@@ -65,7 +65,7 @@ def _write(folder, records, **other) -> str:
         **other,
     }
     report.write_report(folder, **arguments)
-    return (folder / "report.md").read_text()
+    return (folder / "report.md").read_text(encoding="utf-8")
 
 
 def _row(text: str, name: str) -> list[str]:
@@ -251,3 +251,23 @@ def test_without_a_log_there_is_no_report(tmp_path):
 )
 def test_duration(seconds, words):
     assert display.duration(seconds) == words
+
+
+def test_the_key_to_the_labels_of_pictures(tmp_path):
+    classes = ["猫", "auto|mobile", "犬"]
+    text = _write(tmp_path, [_epoch(1)], confusion=MATRIX, classes=classes, labels=["#1", "auto|mobile", "#3"])
+    assert _row(text, "#1") == ["猫"] and _row(text, "#3") == ["犬"]
+    assert text.index("## Classes") < text.index("| #1 |") < text.index("Accuracy of each class")
+    assert "| 猫 | 90.00 % | 100 |" in text
+    (tmp_path / "b").mkdir()
+    plain = _write(tmp_path / "b", [_epoch(1)], confusion=MATRIX, classes=classes, labels=classes)
+    assert "In the pictures" in text and "In the pictures" not in plain
+    (tmp_path / "c").mkdir()
+    unfinished = _write(tmp_path / "c", [_start()], classes=classes, labels=["#1", "auto|mobile", "#3"])
+    assert _row(unfinished, "#3") == ["犬"]
+
+
+def test_names_that_are_no_text_are_escaped(tmp_path):
+    classes = ["caf\udce9", "b", "c"]
+    text = _write(tmp_path, [_epoch(1)], confusion=MATRIX, classes=classes, title="\udcff on \udce9")
+    assert text.startswith("# \\udcff on \\udce9\n") and "| caf\\udce9 | 90.00 % | 100 |" in text
