@@ -28,7 +28,7 @@ from rsengine.data.beton.split import Measured, refuse_bad, verify_beton, write_
 from rsengine.data.dataset import Dataset, load_dataset
 from rsengine.data.errors import DataError, few
 from rsengine.data.identity import content_identity
-from rsengine.data.paths import BETONS, DESCRIPTION, expanded
+from rsengine.data.paths import BETONS, DESCRIPTION, convert_command, expanded
 from rsengine.data.sources.archives import file_digest
 from rsengine.data.sources.base import Source, with_validation
 from rsengine.data.sources.choice import ORDERS, in_order, with_classes, with_subset
@@ -200,7 +200,7 @@ def _check(source: Source, given: str | Path) -> None:
 def _check_sizes(found: dict[str, Measured], given: str | Path) -> None:
     """Raise DataError unless all images have one size."""
     if len({size for each in found.values() for size in zip(each.heights, each.widths, strict=True)}) > 1:
-        remedy = f"convert it with `python data/convert.py {shlex.quote(str(given))} --out DIR --size 32`"
+        remedy = f"convert it with `{convert_command()} {shlex.quote(str(given))} --out DIR --size 32`"
         raise DataError(f"{given}: its images differ in size; {remedy}")
 
 
@@ -269,7 +269,7 @@ def summary(dataset: Dataset, seconds: float) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="convert.py", description="Convert a data set to train.beton, test.beton and dataset.json."
+        prog=convert_command(), description="Convert a data set to train.beton, test.beton and dataset.json."
     )
     parser.add_argument(
         "source", metavar="SOURCE", help="archive, folder or file of a data set, torchvision:NAME[:ROOT], or digits"
@@ -315,14 +315,14 @@ def _names(text: str) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    options = vars(_parser().parse_args(arguments))
-    quiet, start = options.pop("quiet"), time.monotonic()
 
     def say(line: str) -> None:
         if not quiet:
             print(line, flush=True)
 
     with patient_output():
+        options = vars(_parser().parse_args(arguments))  # its help has characters that the output may lack
+        quiet, start = options.pop("quiet"), time.monotonic()
         try:
             dataset = convert(**options, progress=not quiet, log=say)
         except (DataError, OptionError) as error:

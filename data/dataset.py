@@ -15,13 +15,13 @@ from rsengine.data.beton.reader import LARGEST_SIDE, MODES, BetonReader
 from rsengine.data.checksums import verify_contents
 from rsengine.data.errors import DataError
 from rsengine.data.identity import content_identity
-from rsengine.data.paths import BETONS, DESCRIPTION, TEMPORARY, expanded
+from rsengine.data.paths import BETONS, DESCRIPTION, TEMPORARY, convert_command, expanded
 from rsengine.data.staging import put_back
 
 FORMAT = "rsengine dataset"
 FORMAT_VERSION = 1
 OPTIONAL = {"identity", "sha256"}  # fields that older versions did not write
-AGAIN = "convert the source again with `python data/convert.py SOURCE --out DIR`"
+AGAIN = f"convert the source again with `{convert_command()} SOURCE --out DIR`"
 
 
 @dataclass(frozen=True)

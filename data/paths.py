@@ -20,3 +20,10 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise DataError(f"{path}: there is no home folder to stand for ~; give the whole path") from error
+
+
+def convert_command() -> str:
+    """How to start the conversion from here: by its file in a checkout, by its module anywhere else."""
+    script = Path("data", "convert.py")
+    here = Path(__file__).resolve().with_name("convert.py")
+    return f"python {script.as_posix()}" if script.resolve() == here else "python -m rsengine.data"

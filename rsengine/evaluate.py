@@ -8,6 +8,7 @@ import sys
 import torch
 
 from rsengine.data import Dataset, find_dataset
+from rsengine.data.paths import convert_command
 from rsengine.device import choose_execution
 from rsengine.engine.evaluation import EvaluationStep
 from rsengine.errors import run_command
@@ -57,7 +58,7 @@ def _refuse_other_size(dataset: Dataset, weights: Weights) -> None:
     has = "differ in size" if dataset.image_size is None else "are {}x{}".format(*dataset.image_size)
     remedy = "give images of that size"
     if height == width:
-        remedy = f"convert them again: `python data/convert.py SOURCE --out DIR --size {height}`"
+        remedy = f"convert them again: `{convert_command()} SOURCE --out DIR --size {height}`"
     raise WeightsError(f"{dataset.folder}: its images {has}; the network learned {height}x{width}; {remedy}")
 
 

@@ -15,6 +15,7 @@ import torch
 from rsengine.config import Recipe, describe, load_recipe, recipe_names
 from rsengine.data import Dataset, find_dataset
 from rsengine.data.errors import UserError
+from rsengine.data.paths import convert_command
 from rsengine.device import choose_execution, keep_freed_memory
 from rsengine.engine.compiler import check_compiler, compile_errors
 from rsengine.engine.graph import explain_step
@@ -61,7 +62,7 @@ def _run(arguments: argparse.Namespace, held: contextlib.ExitStack) -> int:
     if dataset.image_size is None:
         raise UsageError(
             f"{dataset.folder}: its images differ in size; convert them again with --size N, for example "
-            f"`python data/convert.py SOURCE --out DIR --size 32`"
+            f"`{convert_command()} SOURCE --out DIR --size 32`"
         )
     if dataset.name == "digits" and arguments.recipe is None and not (arguments.resume and out):
         recipe = _recipe(arguments, "digits")
@@ -177,7 +178,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", help=f"one of {', '.join(recipe_names())}, or a TOML file (default: quickstart)")
     parser.add_argument(
         "--data",
-        help="a converted folder, any source for data/convert.py, or digits (default: $RSENGINE_DATA, data/, download)",
+        help=f"a converted folder, any source for `{convert_command()}`, or digits (default: $RSENGINE_DATA, data/, "
+        "download)",
     )
     parser.add_argument(
         "--or-digits", action="store_true", help="where no data are found, train on scikit-learn's digits"

@@ -108,7 +108,7 @@ def _read(tree: Tree, name: str, spool: Spool, label_column: str | None) -> tupl
         import pyarrow as arrow
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(f"{tree.where(name)}: needs pyarrow; run: pip install 'rsengine[parquet]'") from error
+        raise DataError(f"{tree.where(name)}: needs pyarrow; run: pip install pyarrow") from error
     where, blob = tree.where(name), tree.files[name]
     blobs: list[Blob] = []
     labels: list[int] = []
