@@ -1,6 +1,7 @@
 # make train   set up everything, then train the quickstart recipe
 # make test    set up everything, then run the tests, in two processes; make test-all adds the rest of the large grids
-# Both work on a fresh Debian or Ubuntu machine; what is set up already is not set up again.
+# Both work on a fresh Debian or Ubuntu machine, and without root anywhere that pip installs PyTorch: FFCV is then left
+# out. What is set up already is not set up again.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -43,10 +44,8 @@ gpu-check: $(READY)
 
 setup: $(READY)
 
-$(READY): setup.py constraints.txt scripts/system_packages.sh
-	sh scripts/system_packages.sh $(PYTHON) $(BIN)/python
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[test]'
+$(READY): setup.py constraints.txt scripts/setup.sh
+	sh scripts/setup.sh $(PYTHON) $(VENV)
 	touch $@
 
 clean:

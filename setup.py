@@ -5,6 +5,17 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+# In the checkout rsengine/kernels and rsengine/data are links to these folders, which not every system makes.
+HOUSES = ("kernels", "data")
+
+
+def below(name: str, folder: str) -> list[str]:
+    """The package ``name`` in ``folder``, and those inside it that are not links."""
+    inside = find_packages(folder, exclude=[pattern for house in HOUSES for pattern in (house, f"{house}.*")])
+    return [name, *(f"{name}.{package}" for package in inside)]
+
+
+PACKAGES = below("rsengine", "rsengine") + [each for house in HOUSES for each in below(f"rsengine.{house}", house)]
 
 setup(
     name="rsengine",
@@ -13,17 +24,15 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    # rsengine/kernels and rsengine/data are links to the top-level packages, so the walk below finds them too.
-    packages=find_packages(include=["rsengine", "rsengine.*"]),
+    packages=PACKAGES,
+    package_dir={f"rsengine.{house}": house for house in HOUSES},
     package_data={"rsengine": ["py.typed", "recipes/*.toml"], "rsengine.kernels.native": ["*.c", "*.h"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
         "triton>=3.6; platform_system == 'Linux'",
-        "ffcv==1.0.2",
         "numba>=0.60",
         "numpy>=1.26",
-        "setuptools",  # ffcv imports distutils, which Python 3.12 and later no longer carry
         "matplotlib>=3.8",
         "pillow>=10",
         "psutil>=5.9",
@@ -33,8 +42,13 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "ffcv": [
+            "ffcv==1.0.2",
+            "setuptools",  # ffcv imports distutils, which Python 3.12 and later no longer carry
+        ],
         "parquet": ["pyarrow>=14"],
         "test": [
+            "fonttools>=4",
             "hypothesis>=6.100",
             "pyarrow>=14",
             "pytest>=8",
