@@ -36,6 +36,7 @@ from rsengine.data.sources.open import open_source
 from rsengine.data.sources.tree import digest_of_list
 from rsengine.data.staging import staged_folder
 from rsengine.output import patient_output
+from rsengine.processor import usable_cpus
 
 PACKAGES = ("rsengine", "numpy", "pillow")
 CHANNELS = ("red", "green", "blue")
@@ -97,7 +98,7 @@ def convert(
     _check_options(size, image_format, test_fraction, validation, seed, workers)
     _check_choice(subset, class_order)
     out = expanded(out)
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or len(usable_cpus())
     try:
         with staged_folder(out, overwrite=overwrite) as folder:
             scratch = folder / "scratch"

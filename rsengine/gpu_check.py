@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +30,11 @@ from rsengine.checks.gpu.parts import CARD, PARTS, Part
 from rsengine.checks.gpu.runner import ROOT, Check
 from rsengine.errors import SettingsError, run_command
 from rsengine.run.files import remove_leftovers, write_atomically
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
 
 RESULTS, DRY_RUNS = ROOT / "bench" / "results", ROOT / "runs" / "gpu-check"
 SECONDS, LEAST_SECONDS = 430.0, 15.0
@@ -130,7 +134,7 @@ def _run(parts: list[Part], arguments: argparse.Namespace, out: Path) -> int:
 @contextlib.contextmanager
 def ended_like_ctrl_c() -> Iterator[None]:
     """In this block SIGTERM and SIGHUP act like Ctrl-C: the parts end too, and what they have found is written."""
-    numbers = signal.SIGTERM, signal.SIGHUP
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: one of them
     before = [signal.signal(number, signal.default_int_handler) for number in numbers]
     try:
         yield
@@ -144,7 +148,8 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Refuse a second call into the same folder: each would write over what the other has found."""
     with open(folder / "lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise SettingsError(
                 f"--out {folder.parent}: another call is running there; wait, or name another"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 LISTING = Path("/proc/cpuinfo")
@@ -22,3 +23,10 @@ def features() -> frozenset[str]:
     """The instruction sets that every processor has, x86 `flags` or Arm `Features`; none if the system does not say."""
     sets = [set(fields[name].split()) for fields in listing() for name in ("flags", "Features") if name in fields]
     return frozenset(set.intersection(*sets)) if sets else frozenset()
+
+
+def usable_cpus() -> set[int]:
+    """The logical processors that this process may use: all there are on macOS and Windows, which know no limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return set(os.sched_getaffinity(0))
+    return set(range(os.cpu_count() or 1))

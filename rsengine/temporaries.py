@@ -56,13 +56,18 @@ def remove_abandoned(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
         for path in sorted(folder.iterdir()):
             match = pattern.fullmatch(path.name)
             with contextlib.suppress(OSError):
-                if match and path.lstat().st_uid == os.geteuid() and is_abandoned(path, int(match["pid"])):
+                if match and _is_own(path) and is_abandoned(path, int(match["pid"])):
                     if stat.S_ISDIR(path.lstat().st_mode):
                         shutil.rmtree(path)
                     else:
                         path.unlink()
                     removed.append(path)
     return removed
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file is the user's. Windows does not say whose one is, and lets nobody else's be removed."""
+    return not hasattr(os, "geteuid") or path.lstat().st_uid == os.geteuid()
 
 
 @contextlib.contextmanager

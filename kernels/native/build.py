@@ -43,6 +43,8 @@ def built() -> Iterator[tuple[Path, str]]:
         BuildError: there is no compiler, or it fails.
         OSError: there is no place for what it makes.
     """
+    if not hasattr(os, "geteuid"):  # Windows
+        raise BuildError("this system does not say whose a file is, and code is loaded from the user's own alone")
     compiler = _compiler()
     name = " ".join(compiler)
     key = _key(compiler)

@@ -70,10 +70,12 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):  # a full disk: the lock holds without a word on its owner
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())  # Windows has no pwrite
         yield
     finally:
-        path.unlink(missing_ok=True)  # before it is let go: whoever opened it meanwhile sees that it is another file
+        # Before it is let go: whoever opened it meanwhile sees that it is another file. Windows removes no open file.
+        with contextlib.suppress(PermissionError):
+            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
@@ -86,7 +88,7 @@ def _take(path: Path, say: Callable[[str], None]) -> int:
                 raise OSError("this system has none")
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: child processes would hold it too
         except (BlockingIOError, PermissionError) as error:
-            owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             raise FolderError(
                 f"{path.parent}: {owner} is writing this run; wait until it ends, or name another folder with --out"

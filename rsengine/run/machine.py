@@ -9,7 +9,7 @@ import platform
 import sys
 from typing import Any
 
-from rsengine.processor import listing
+from rsengine.processor import listing, usable_cpus
 
 _PACKAGES = ("torch", "torchvision", "triton", "ffcv", "numba", "numpy", "rsengine")
 
@@ -22,7 +22,7 @@ def machine() -> dict[str, Any]:
         (both: those this process may use), ``ram_gib`` (float, or None), ``gpus`` (list of names), ``os``, ``python``.
         GPUs are listed only when torch has already been imported: this function never imports it.
     """
-    cpus = _usable_cpus()
+    cpus = usable_cpus()
     model, physical = _processor(cpus)
     return {
         "processor": model,
@@ -47,12 +47,6 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
-
-
-def _usable_cpus() -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return set(os.sched_getaffinity(0))
-    return set(range(os.cpu_count() or 1))
 
 
 def _processor(cpus: set[int]) -> tuple[str, int | None]:

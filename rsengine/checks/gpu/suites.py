@@ -18,6 +18,7 @@ from typing import Any
 
 from rsengine.checks.gpu.device import Setup
 from rsengine.data.beton.processes import follow_parent
+from rsengine.processor import usable_cpus
 from rsengine.temporaries import temporary_folder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -43,7 +44,7 @@ def kernel_tests(tests: Path, seconds: float, processes: int | None = None) -> d
         return {"left_out": f"{' and '.join(missing)} not installed"}
     from rsengine.checks.gpu.share import OUTCOMES_VARIABLE, SHARE_VARIABLE  # it imports pytest
 
-    count = processes or min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
+    count = processes or min(len(usable_cpus()), MOST_PROCESSES)
     deadline = time.monotonic() + seconds
     with temporary_folder("check") as folder, contextlib.ExitStack() as stack:
         files = [folder / f"{i}.jsonl" for i in range(count)]
