@@ -39,8 +39,8 @@ for_venv=
 for_ffcv=
 [ -n "$again" ] || "$python" -c 'import ensurepip, venv' >/dev/null 2>&1 || for_venv=" python3-venv"
 without=
-if [ "${RSENGINE_NO_FFCV:-}" = 1 ]; then
-    without="as RSENGINE_NO_FFCV=1 asks"
+if [ "${RSENGINE_NO_FFCV:-0}" != 0 ]; then
+    without="as RSENGINE_NO_FFCV asks"
 else
     command -v c++ >/dev/null 2>&1 || for_ffcv="$for_ffcv g++"
     if command -v pkg-config >/dev/null 2>&1; then

@@ -1,5 +1,7 @@
 """The small converted data set that tests of the loader and of whole runs share."""
 
+import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,11 @@ from PIL import Image
 
 from rsengine.data import Dataset, convert
 from rsengine.kernels.dispatch import eager_only
+
+needs_ffcv = pytest.mark.skipif(
+    importlib.util.find_spec("ffcv") is None or os.environ.get("RSENGINE_NO_FFCV", "0") not in ("", "0"),
+    reason="FFCV is not installed",
+)
 
 CLASSES = ("circle", "square", "stripes")
 

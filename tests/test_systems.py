@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.conftest import needs_ffcv
+
 ROOT = Path(__file__).parent.parent
 HIDE = r"""
 import sys
@@ -113,7 +115,7 @@ assert predict.main(["run", picture]) == 0
         tmp_path,
         toy_dataset.folder,
         next((toy_dataset.folder.parent / "source" / "test").rglob("*.png")),
-        ffcv=True,
+        ffcv=not needs_ffcv.args[0],
     )
     assert any(line.startswith("run: no lock on") for line in lines)
     assert lines[-2].startswith("source: accuracy") and lines[-1].endswith("%")
