@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rsengine.data.errors import UserError
 from rsengine.disk import sync
-from rsengine.temporaries import remove_abandoned
+from rsengine.temporaries import remove_abandoned, temporary_folder
 
 RECIPE_FILE = "recipe.toml"
 METRICS_FILE = "metrics.jsonl"
@@ -79,6 +79,20 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Put ``data`` at ``path`` through :func:`atomic_path`."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def utf8_path(path: Path) -> Iterator[Path]:
+    """A path to ``path`` for a library that takes UTF-8 alone: a link in this block, where a name has other bytes."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with temporary_folder("path") as folder:
+            link = folder / "link"
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
 
 
 def remove_leftovers(folder: Path) -> None:

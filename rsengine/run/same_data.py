@@ -8,7 +8,7 @@ from typing import Any
 
 from rsengine.data import Dataset, identity_of
 from rsengine.run.checkpoint import CheckpointError
-from rsengine.run.files import CHECKPOINT_FILE, WEIGHTS_FILE
+from rsengine.run.files import CHECKPOINT_FILE, WEIGHTS_FILE, utf8_path
 
 OPTIONS = ("size", "test_fraction", "validation", "seed")  # of the conversion, those that make other splits
 
@@ -59,7 +59,7 @@ def _fits_weights(path: Path, dataset: Dataset) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             metadata = file.metadata() or {}
         return all(json.loads(metadata[key]) == list(getattr(dataset, key)) for key in ("classes", "mean"))
     except (OSError, SafetensorError, KeyError, ValueError):

@@ -17,7 +17,7 @@ from rsengine.config import Recipe, RecipeError
 from rsengine.data.errors import UserError
 from rsengine.engine.build import build_model
 from rsengine.model import ResNetRS
-from rsengine.run.files import WEIGHTS_FILE, write_atomically
+from rsengine.run.files import WEIGHTS_FILE, utf8_path, write_atomically
 
 _FORMAT = "rsengine-weights-1"
 
@@ -52,7 +52,7 @@ def holds_weights(path: Path, model: nn.Module, recipe: Recipe, dataset: object)
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             state = _state(model)
             return (
                 file.metadata() == _metadata(recipe, dataset)
@@ -92,7 +92,7 @@ def load_weights(path: str | Path) -> Weights:
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; give a run folder whose training has finished an epoch")
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:

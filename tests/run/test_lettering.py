@@ -141,14 +141,14 @@ from rsengine import evaluate, predict, train
 from rsengine.augment import __main__ as augment
 from rsengine.data import convert
 convert_main = sys.modules["rsengine.data.convert"].main
-source, converted = sys.argv[1:]
+source, converted, run = sys.argv[1:]
 small = ["--set", "train.batch_size=4", "--set", "model.blocks=[1]", "--set", "model.width_multiplier=0.25"]
 for main, arguments in [
     (convert_main, [source, "--out", converted]),
-    (train.main, ["--data", converted, "--recipe", "digits", "--epochs", "1", "--out", "run", *small]),
-    (train.main, ["--data", source, "--out", "run", "--resume"]),
-    (evaluate.main, ["run", "--data", source]),
-    (predict.main, ["run", source]),
+    (train.main, ["--data", converted, "--recipe", "digits", "--epochs", "1", "--out", run, *small]),
+    (train.main, ["--data", source, "--out", run, "--resume"]),
+    (evaluate.main, [run, "--data", source]),
+    (predict.main, [run, source]),
     (augment.main, ["--data", source, "--out", "augmented.png", "--images", "2", "--rows", "1"]),
 ]:
     assert main(arguments) == 0, (main, arguments)
@@ -171,9 +171,10 @@ def test_the_whole_way_of_class_folders_with_such_names(tmp_path, settings):
                 pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(os.fsencode(source / split / name) + b"/\xe9-%d.png" % i)
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | settings
-    command = [sys.executable, "-c", CHAIN, source, "converted-猫"]
+    run = tmp_path / os.fsdecode(b"run\xe9")
+    command = [sys.executable, "-c", CHAIN, source, "converted-猫", run]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b""), done.stderr.decode(errors="replace")[-2000:]
-    report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    report = (run / "report.md").read_text(encoding="utf-8")
     assert "caf\\udce9" in report and ("猫" in report or "LC_ALL" in settings)
-    assert done.stdout.count(b"/\\udce9-") == 24
+    assert done.stdout.count(b"/\\udce9-") == 24 and b"made again" not in done.stdout
