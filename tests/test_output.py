@@ -82,6 +82,22 @@ def test_streams_that_are_not_the_process_s_own_stay(capsys):
     assert capsys.readouterr().out == "heard\n"
 
 
+HELP = """
+import importlib
+for name in ("train", "evaluate", "predict", "capture_check", "gpu_check", "augment.__main__", "data.convert"):
+    try:
+        importlib.import_module(f"rsengine.{name}").main(["--help"])
+    except SystemExit as end:
+        assert end.code == 0, name
+"""
+
+
+def test_the_help_of_every_command_is_printed_in_any_encoding(tmp_path):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    process = start(tmp_path, HELP, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.communicate()[0].count("usage: ") == 7 and process.returncode == 0
+
+
 COMMANDS = [
     ("-m", "rsengine.train", "--list-settings"),
     ("-m", "rsengine.train", "--data", "digits", "--recipe", "digits", "--epochs", "1", "--limit-train-batches", "2"),

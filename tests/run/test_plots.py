@@ -200,6 +200,12 @@ def test_image_grid_writes_captions_below_their_images(tmp_path):
     assert lower_left[..., :3].min() < 128 and lower_right[..., :3].min() > 200
 
 
+def test_names_are_cut_by_the_width_of_their_letters():
+    assert plots._short("a b\n c", 5) == "a b c"
+    assert plots._short("abcdefgh", 8) == "abcdefgh" and plots._short("abcdefghi", 8) == "abcdefg…"
+    assert plots._short("日本語の", 8) == "日本語の" and plots._short("日本語のと", 8) == "日本語…"
+
+
 def test_a_failed_write_leaves_the_old_picture_and_no_litter(tmp_path, monkeypatch):
     path = tmp_path / "curves.png"
     plots.curves(_epochs(2), [], path, title="old")
