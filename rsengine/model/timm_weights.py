@@ -27,9 +27,9 @@ def from_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a timm ``resnetrs*`` state dict to this family's names. Works for gradients keyed the same way too.
 
     Raises:
-        ValueError: a name that no ``resnetrs*`` of timm has.
+        ValueError: names that no ``resnetrs*`` of timm has; the message begins with the first of them.
     """
-    renamed = {}
+    renamed, unknown = {}, []
     for name, tensor in state_dict.items():
         for pattern, replacement in _FROM_TIMM:
             ours, found = re.subn(rf"^{pattern}", replacement, name)
@@ -38,5 +38,9 @@ def from_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 renamed[ours] = tensor.flatten(1) if ".se." in ours and tensor.dim() == 4 else tensor
                 break
         else:
-            raise ValueError(f"state_dict: {name!r} is not a parameter or buffer of timm's resnetrs models")
+            unknown.append(name)
+    if unknown:
+        first = ", ".join(map(repr, unknown[:3])) + f" and {len(unknown) - 3} more" * (len(unknown) > 3)
+        verb = "is" if len(unknown) == 1 else "are"
+        raise ValueError(f"state_dict: {first} {verb} not among the parameters and buffers of timm's resnetrs models")
     return renamed

@@ -65,8 +65,10 @@ def test_timm_weights_give_equal_outputs_and_gradients(depth):
 
 
 def test_from_timm_refuses_other_models():
-    with pytest.raises(ValueError, match="'layers.0.weight' is not a parameter"):
+    with pytest.raises(ValueError, match="'layers.0.weight' is not among the parameters"):
         from_timm({"layers.0.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="'layers.0.w', 'layers.1.w', 'layers.2.w' and 1 more are not among"):
+        from_timm({"fc.bias": torch.zeros(1)} | {f"layers.{i}.w": torch.zeros(1) for i in range(4)})
 
 
 @pytest.mark.parametrize(
