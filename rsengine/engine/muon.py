@@ -30,6 +30,9 @@ class Muon:
         momentum: in [0, 1).
         nesterov: look ahead by one step of momentum.
         dtype: of the Newton-Schulz products.
+
+    Attributes:
+        lengths: (params,) float32, the radii of the spheres; those of a new network until :meth:`set_lengths`.
     """
 
     def __init__(
@@ -49,11 +52,21 @@ class Muon:
         # He initialisation by fan-out: variance 2 / (out * height * width), so a length of sqrt(2 * in).
         lengths = [(2 * p.shape[1]) ** 0.5 for p in self.params]
         device = self.params[0].device if self.params else None
-        self._lengths = torch.tensor(lengths, dtype=torch.float32, device=device)
+        self.lengths = torch.tensor(lengths, dtype=torch.float32, device=device)
         self._group_lengths = [
             torch.tensor([lengths[i] for i in members], dtype=torch.float32, device=device)[:, None, None]
             for members in self._groups
         ]
+
+    @torch.no_grad()
+    def set_lengths(self, lengths: Tensor | None = None) -> None:
+        """Keep each weight at one of ``lengths``, (params,) float32; without them at the length that it has now."""
+        if lengths is not None:
+            self.lengths.copy_(lengths)
+        elif self.params:
+            self.lengths.copy_(torch.stack(torch._foreach_norm(self.params)))
+        for members, group in zip(self._groups, self._group_lengths, strict=True):
+            group.copy_(self.lengths[members][:, None, None])
 
     @torch.no_grad()
     def __call__(self, grads: Sequence[Tensor], lr: Tensor) -> None:
@@ -74,7 +87,7 @@ class Muon:
                 updates[i] = _like(update, self.params[i])
         torch._foreach_sub_(self.params, updates)
         norms = torch.stack(torch._foreach_norm(self.params)).clamp(min=1e-12)
-        torch._foreach_mul_(self.params, (self._lengths / norms).unbind())
+        torch._foreach_mul_(self.params, (self.lengths / norms).unbind())
 
 
 def matrix(weight: Tensor) -> Tensor:

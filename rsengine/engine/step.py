@@ -7,7 +7,7 @@ increments. Nothing in the step reads a tensor's value on the host.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,7 @@ class TrainStep:
         update: its optimiser step, with the parameters' momentum and the tables of rates.
         ema_model: the same network holding the EMA of its weights and BN buffers, in evaluation mode; or ``None``.
         counter: () int64, the steps done.
+        given_weights: whether the run began with given weights, which decides what belongs to the step's state.
 
     Raises:
         ValueError: the recipe uses resident data and ``resident`` is None: images would never be normalised. Or
@@ -108,6 +109,7 @@ class TrainStep:
         self.image_count = torch.zeros((), dtype=torch.int64, device=device)
         self.finite_count = torch.zeros((), dtype=torch.int64, device=device)  # of micro-batches before a bad loss
         self._counted_from = 0  # the step with which the sums began
+        self.given_weights = False
 
     def __call__(self, images: Tensor | None = None, labels: Tensor | None = None) -> None:
         # Past the end of the run the last entries are used: a warm-up may begin at any step, and is undone.
@@ -195,14 +197,31 @@ class TrainStep:
     def _accumulators(self) -> tuple[Tensor, ...]:
         return self.loss_sum, self.correct_sum, self.image_count, self.finite_count
 
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin with ``weights``, a state dict of the network, in place; the EMA begins with them too.
+
+        Muon then keeps each convolution at the length that it has in them.
+        """
+        self.model.load_state_dict(weights)
+        if self.ema_model is not None:
+            self.ema_model.load_state_dict(weights)
+        self.given_weights = True
+        self.update.muon.set_lengths()
+        self.update.refresh_copies()
+
     def state_dict(self) -> dict[str, object]:
         """Everything a resumed run needs besides random number generators; tensors are the live ones, not copies."""
+        lengths = {"muon_lengths": self.update.muon.lengths} if self._keeps_lengths() else {}
         return {
             "model": self.model.state_dict(),
             "ema": self.ema_model.state_dict() if self.ema_model is not None else None,
             "momentum": self.update.momentum_buffers,
             "counter": self.counter,
+            **lengths,
         }
+
+    def _keeps_lengths(self) -> bool:
+        return self.given_weights and bool(self.update.muon.params)  # those of a new network are known
 
     def load_state_dict(self, state: dict) -> None:
         """Restore in place, so that addresses do not change. Unread sums are discarded: they belong to other steps.
@@ -220,6 +239,8 @@ class TrainStep:
             raise ValueError(f"model: {str(error).splitlines()[0]}") from error
         for buffer, saved in zip(self.update.momentum_buffers, state["momentum"], strict=True):
             buffer.copy_(saved)
+        if self._keeps_lengths():
+            self.update.muon.set_lengths(state["muon_lengths"])
         self.update.refresh_copies()
         self.counter.copy_(state["counter"])
         self._start_sums()
