@@ -18,7 +18,7 @@ from typing import Any
 from rsengine.augment.fills import FILLS
 from rsengine.augment.policies import CROP_MODES, INTERPOLATIONS, POLICIES, policy_of
 from rsengine.data.errors import UserError
-from rsengine.model import DEPTHS, DROP_PATH_RULES
+from rsengine.model import DEPTHS, DROP_PATH_RULES, body_parts
 from rsengine.model.layers import PRODUCTS
 from rsengine.schedule import SCHEDULES
 from rsengine.text import decode, parse_toml, shown
@@ -137,6 +137,7 @@ class OptimizerSection:
     weight_decay: float = _number(4e-5, 0.0, 1.0, help="weight decay")
     decay_bn_and_bias: bool = _flag(False, help="apply weight decay to batch-norm parameters and biases too")
     clip_norm: float = _number(0.0, 0.0, help="largest norm of the gradient over all parameters; 0: no clipping")
+    body_rate: float = _number(1.0, 0.0, 1.0, help="factor on the learning rate of all but the classifier")
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,12 @@ class TrainSection:
     log_interval: int = _number(50, 1, integer=True, help="steps between interval records")
     checkpoint_minutes: float = _number(10.0, 0.0, help="minutes between checkpoints inside an epoch; 0: epochs only")
     limit_train_batches: int = _number(0, 0, integer=True, help="use only this many batches an epoch; 0: all")
+    freeze: str = _text("", help="parts that keep their weights: stem, stage1, …, joined by commas")
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        """The names in :attr:`freeze`."""
+        return tuple(dict.fromkeys(name.strip() for name in self.freeze.split(","))) if self.freeze.strip() else ()
 
 
 @dataclass(frozen=True)
@@ -249,6 +256,11 @@ class Recipe:
             policy_of(self.augment, (32, 32))
         except ValueError as error:
             raise RecipeError(f"augment.policy: {error}") from error
+        known = body_parts(len(self.model.blocks or DEPTHS[self.model.depth]))
+        for name in self.train.frozen_parts:
+            if name not in known:
+                expected = f"train.freeze: expected some of {', '.join(known)}, joined by commas"
+                raise RecipeError(f"{expected}; got {shown(name)}{_nearest(name, known)}")
         train = self.train
         if train.batch_size % train.micro_batches or train.batch_size < 2 * train.micro_batches:
             raise RecipeError(

@@ -62,6 +62,13 @@ def test_what_the_step_may_add_is_off_unless_asked():
     for recipe in (Recipe(), *map(load_recipe, recipe_names())):
         assert (recipe.train.micro_batches, recipe.optimizer.clip_norm, recipe.train.loader) == (1, 0.0, "ffcv")
         assert recipe.augment.mixup_alpha == recipe.augment.cutmix_alpha == 0.0
+        assert recipe.train.frozen_parts == () and recipe.optimizer.body_rate == 1.0
+
+
+def test_frozen_parts_are_those_of_the_network():
+    recipe = Recipe().with_settings(["train.freeze= stem,stage1, stem", "model.blocks=[1]"])
+    assert recipe.train.frozen_parts == ("stem", "stage1")
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
 
 
 @pytest.mark.parametrize(
@@ -87,6 +94,15 @@ def test_what_the_step_may_add_is_off_unless_asked():
         ("optimizer.clip_norm=-1", "optimizer.clip_norm: expected a number >= 0; got -1"),
         ("augment.mixup_alpha=-0.1", "augment.mixup_alpha: expected a number >= 0"),
         ("augment.cutmix=1.0", "augment.cutmix: no such key; did you mean augment.cutmix_"),
+        (
+            "train.freeze=stem,stag1",
+            "expected some of stem, .*, stage4, joined by commas; got 'stag1'; did you mean",
+        ),
+        ("train.freeze=stage5", "train.freeze: expected some of stem, .*; got 'stage5'"),
+        ("train.freeze=stem,", "train.freeze: expected some of .*; got ''"),
+        ("train.freeze=fc", "train.freeze: expected some of .*; got 'fc'"),
+        ('train.freeze=["stem"]', "train.freeze: expected text"),
+        ("optimizer.body_rate=1.5", "optimizer.body_rate: expected a number from 0 to 1; got 1.5"),
         ("train.loader=residnt", "train.loader: expected one of ffcv, resident; got 'residnt'; did you mean resident?"),
     ],
 )

@@ -84,6 +84,8 @@ class TrainStep:
                 f"{execution.precision} and {recipe.train.micro_batches}"
             )
         device = execution.device
+        if recipe.train.frozen_parts:
+            model.freeze(recipe.train.frozen_parts)
         self.model = model.to(device, memory_format=torch.channels_last).train()
         self.preprocess = None if recipe.batches_are_normalised else preprocess
         self.execution, self.resident = execution, resident

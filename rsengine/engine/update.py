@@ -1,4 +1,7 @@
-"""What a step does with its gradients: SGD, or Muon for the convolutions, then the EMA of weights and buffers."""
+"""What a step does with its gradients: SGD, or Muon for the convolutions, then the EMA of weights and buffers.
+
+Parameters that take no gradients, and buffers of layers in evaluation mode, are left alone, and their EMA too.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from torch.profiler import record_function
 from rsengine.config import Recipe
 from rsengine.engine.muon import Muon
 from rsengine.kernels import ema_update, sgd_ema_step
+from rsengine.model import HEAD
 from rsengine.schedule import ema_decay_table, learning_rate_table
 
 
@@ -41,7 +45,7 @@ class Update:
             the forward pass to use; ``None`` for no copies.
 
     Attributes:
-        params, momentum_buffers, weight_decay: of every parameter of ``model``, in its order.
+        params, momentum_buffers, weight_decay: of every parameter of ``model`` that takes a gradient, in its order.
         copies: by the name of the parameter; empty for none. The backward pass leaves their gradients on them.
         shadow: the EMA of ``params``, or ``None``.
         learning_rates: (steps,) float64, SGD's, on the host; ``lr_table`` is its copy on the device.
@@ -59,7 +63,8 @@ class Update:
     ) -> None:
         optimizer, schedule = recipe.optimizer, recipe.schedule
         self.momentum, self.nesterov, self.clip_norm = optimizer.momentum, optimizer.nesterov, optimizer.clip_norm
-        self.params = list(model.parameters())
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.params = list(trained.values())
         self.momentum_buffers = [torch.zeros_like(p) for p in self.params]
         # Convolution and linear weights have two dimensions or more; BN parameters and biases have one.
         exempt = not optimizer.decay_bn_and_bias
@@ -69,26 +74,34 @@ class Update:
             kinds = (nn.Conv2d, nn.Linear)
             copied = {p for module in model.modules() if isinstance(module, kinds) for p in module.parameters()}
             self.copies = {
-                name: p.detach().to(copy_dtype).requires_grad_() for name, p in model.named_parameters() if p in copied
+                name: p.detach().to(copy_dtype).requires_grad_(p.requires_grad)
+                for name, p in model.named_parameters()
+                if p in copied
             }
+        self._copied = [p for name, p in model.named_parameters() if name in self.copies]
 
         self.shadow: list[Tensor] | None = None
         if ema_model is not None:
-            self.shadow = list(ema_model.parameters())
-            # num_batches_tracked stays out: it has no effect while BN has a fixed momentum.
-            self._buffers = [b for b in model.buffers() if b.is_floating_point()]
-            self._shadow_buffers = [b for b in ema_model.buffers() if b.is_floating_point()]
+            self.shadow = [ema_model.get_parameter(name) for name in trained]
+            # num_batches_tracked stays out: it has no effect while BN has a fixed momentum. So do frozen layers.
+            moving = [name for name, module in model.named_modules() if module.training]
+            self._buffers, self._shadow_buffers = (
+                [b for name in moving for b in each.get_submodule(name).buffers(recurse=False) if b.is_floating_point()]
+                for each in (model, ema_model)
+            )
 
-        # Picked once: the lists that each optimiser works on. A call of the SGD step takes copies or none.
-        self._leaves = [self.copies.get(name, p) for name, p in model.named_parameters()]
+        # Picked once: the lists that each optimiser works on. A call of the SGD step has one rate, and copies or none.
+        self._leaves = [self.copies.get(name, p) for name, p in trained.items()]
         is_muons = [optimizer.name == "muon" and p.dim() == 4 for p in self.params]
         has_copy = [leaf is not p for leaf, p in zip(self._leaves, self.params, strict=True)]
-        kinds = list(zip(is_muons, has_copy, strict=True))
+        is_slow = [optimizer.body_rate != 1 and name.partition(".")[0] != HEAD for name in trained]
+        kinds = list(zip(is_muons, is_slow, has_copy, strict=True))
         self._by_muon = self._group([i for i, chosen in enumerate(is_muons) if chosen])
         self._by_sgd = [
-            self._group([i for i, kind in enumerate(kinds) if kind == (False, copied)])
+            (slow, self._group([i for i, kind in enumerate(kinds) if kind == (False, slow, copied)]))
+            for slow in (False, True)
             for copied in (False, True)
-            if (False, copied) in kinds
+            if (False, slow, copied) in kinds
         ]
         self.muon = Muon(
             self._by_muon.params, self._by_muon.momentum_buffers, optimizer.muon_momentum, self.nesterov, dtype
@@ -97,14 +110,15 @@ class Update:
         self.learning_rates = learning_rate_table(
             **asdict(schedule), epochs=recipe.train.epochs, steps_per_epoch=steps_per_epoch
         )
-        muon_rates = self.learning_rates * (
+        body_rates = self.learning_rates * optimizer.body_rate
+        muon_rates = body_rates * (
             optimizer.muon_learning_rate / schedule.learning_rate if schedule.learning_rate else 0.0
         )
         decays = ema_decay_table(recipe.ema.decay, len(self.learning_rates), warmup=recipe.ema.warmup)
         device = self.params[0].device
-        self.lr_table, self.muon_lr_table, self.decay_table = (
+        self.lr_table, self.body_lr_table, self.muon_lr_table, self.decay_table = (
             torch.tensor(table, dtype=torch.float32, device=device)
-            for table in (self.learning_rates, muon_rates, decays)
+            for table in (self.learning_rates, body_rates, muon_rates, decays)
         )
 
     def _group(self, places: Sequence[int]) -> Group:
@@ -131,15 +145,16 @@ class Update:
             clip_by_global_norm_([leaf.grad for leaf in self._leaves], self.clip_norm)
         with record_function("counters"):
             lr = self.lr_table.gather(0, now)
+            body_lr = self.body_lr_table.gather(0, now) if any(slow for slow, _ in self._by_sgd) else lr
             decay = None if self.shadow is None else self.decay_table.gather(0, now)
             muon_lr = self.muon_lr_table.gather(0, now) if self._by_muon.params else None
-        for group in self._by_sgd:
+        for slow, group in self._by_sgd:
             sgd_ema_step(
                 group.params,
                 group.grads,
                 group.momentum_buffers,
                 group.shadow if decay is not None else None,
-                lr,
+                body_lr if slow else lr,
                 self.momentum,
                 group.weight_decay,
                 decay,
@@ -165,9 +180,8 @@ class Update:
     @torch.no_grad()
     def refresh_copies(self) -> None:
         """Update the copies after something else has changed the parameters."""
-        for group in (*self._by_sgd, self._by_muon):
-            if group.copies:
-                torch._foreach_copy_(group.copies, group.params)
+        if self.copies:
+            torch._foreach_copy_([copy.detach() for copy in self.copies.values()], self._copied)
 
     def state_tensors(self) -> list[Tensor]:
         """The tensors that an update changes and keeps, beside the parameters and the EMA: momentum and copies."""

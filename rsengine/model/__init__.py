@@ -3,8 +3,10 @@
 from rsengine.model.network import (
     DEPTHS,
     DROP_PATH_RULES,
+    HEAD,
     Bottleneck,
     ResNetRS,
+    body_parts,
     divisible,
     drop_path_rates,
     resnet_rs,
@@ -14,8 +16,10 @@ from rsengine.model.timm_weights import from_timm
 __all__ = [
     "DEPTHS",
     "DROP_PATH_RULES",
+    "HEAD",
     "Bottleneck",
     "ResNetRS",
+    "body_parts",
     "divisible",
     "drop_path_rates",
     "from_timm",

@@ -34,11 +34,17 @@ DEPTHS: dict[int, tuple[int, int, int, int]] = {
 }
 DROP_PATH_RULES = ("tf", "timm")
 EXPANSION = 4
+HEAD = "fc"  # the classifier; everything else is the body
 
 
 def divisible(value: float, divisor: int = 8) -> int:
     """``value`` rounded to the nearest multiple of ``divisor``, at least one of them."""
     return max(divisor, int(value + divisor / 2) // divisor * divisor)
+
+
+def body_parts(stages: int) -> tuple[str, ...]:
+    """The names of the parts below the classifier of a network of so many stages: ``stem``, ``stage1``, …"""
+    return ("stem", *(f"stage{i + 1}" for i in range(stages)))
 
 
 class Stem(nn.Module):
@@ -118,6 +124,8 @@ class Bottleneck(nn.Module):
 class ResNetRS(nn.Module):
     """A ResNet-RS. Build one with :func:`resnet_rs`."""
 
+    _frozen: Sequence[nn.Module] = ()
+
     def __init__(
         self,
         blocks: Sequence[int],
@@ -160,6 +168,30 @@ class ResNetRS(nn.Module):
                 nn.init.zeros_(module.bn3.weight)
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
+
+    def freeze(self, parts: Sequence[str]) -> None:
+        """Keep parts of the body, named as in :func:`body_parts`, as they are.
+
+        Their parameters take no gradients, and they stay in evaluation mode: batch norm uses its running averages and
+        leaves them alone, and no block is dropped.
+
+        Raises:
+            ValueError: an unknown part.
+        """
+        known = dict(zip(body_parts(len(self.stages)), (self.stem, *self.stages), strict=True))
+        unknown = [part for part in parts if part not in known]
+        _require(not unknown, "parts", f"some of {', '.join(known)}", ", ".join(unknown))
+        self._frozen = [known[part] for part in parts]
+        for part in self._frozen:
+            part.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> ResNetRS:
+        """Set the mode of all but the frozen parts, which stay in evaluation mode."""
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``: (N, 3, H, W), normalised. Returns logits (N, num_classes)."""

@@ -80,13 +80,16 @@ def differences(a, b):
         (["train.micro_batches=2", "optimizer.clip_norm=0.5"], FP32, False),
         (["augment.mixup_alpha=0.2", "augment.cutmix_alpha=1.0"], FP32, False),
         (["optimizer.name=muon"], FP32, False),
+        (["train.freeze=stem", "optimizer.body_rate=0.1"], FP32, False),
         ([], BF16, False),
         ([], BF16, True),
         (["optimizer.name=muon", "optimizer.clip_norm=0.5"], BF16, True),
+        (["optimizer.name=muon", "train.freeze=stage1", "optimizer.body_rate=0.1"], BF16, True),
     ],
     ids=[
-        *("plain", "micro-batches and clipping", "mixup and cutmix", "muon", "bfloat16 autocast"),
+        *("plain", "micro-batches and clipping", "mixup and cutmix", "muon", "frozen stem", "bfloat16 autocast"),
         *("copies of the weights", "copies of the weights, muon and clipping"),
+        "copies of the weights, muon and a frozen stage",
     ],
 )
 def test_fifty_replays_equal_fifty_plain_steps_bit_for_bit(settings, execution, weight_copies):
