@@ -1,0 +1,154 @@
+"""Weights as timm and the Hub write them: found in a folder, read without running code, and put under our names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rsengine.config import ModelSection
+from rsengine.data.errors import UserError
+from rsengine.model import DEPTHS, from_timm
+from rsengine.run.files import WEIGHTS_FILE
+
+TIMM_FILES = ("model.safetensors", "pytorch_model.bin")  # as timm and the Hub name them in a folder
+TIMM_CONFIG = "config.json"
+NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys of checkpoints, in timm's order
+PREFIXES = ("module.", "_orig_mod.")  # of parallel and of compiled networks
+MOST_NAMED = 3  # tensors in one line
+
+
+class InitialError(UserError):
+    """Weights that a run cannot begin with. The message is one line with the remedy."""
+
+
+def file_in(given: Path) -> Path:
+    """The file of weights that is ``given``, or lies in the folder that is."""
+    if given.is_file():
+        return given
+    if not given.is_dir():
+        raise InitialError(f"--init {given}: no such file or folder")
+    for name in (WEIGHTS_FILE, *TIMM_FILES):
+        if (given / name).is_file():
+            return given / name
+    raise InitialError(
+        f"--init {given}: found no weights there; expected {WEIGHTS_FILE}, as a run writes once an epoch is done, or "
+        f"{' or '.join(TIMM_FILES)}, as timm writes"
+    )
+
+
+def read_content(path: Path) -> tuple[Any, str]:
+    """What a file holds, and the format that the metadata of a safetensors file names. No code in it is run."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            format = str((file.metadata() or {}).get("format", ""))
+            return {name: file.get_tensor(name) for name in file.keys()}, format  # noqa: SIM118 (not a dict)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load does not check the sums
+                raise ValueError(f"checksum of {damaged}")
+    # A checkpoint of timm's own training holds its arguments: a Namespace, plain values under names.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True), ""
+
+
+def tensors_in(path: Path, content: Any) -> dict[str, Tensor]:
+    """The state dict in what a file holds, without the prefixes of wrapped networks."""
+    if isinstance(content, Mapping) and content.get("format") == "rsengine-checkpoint":
+        raise InitialError(f"--init {path}: a checkpoint of rsengine; give its folder, or the {WEIGHTS_FILE} in it")
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in NESTED if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(content, Mapping) or not content:
+        raise InitialError(f"--init {path}: expected a state dict; found {type(content).__name__}")
+    state = {}
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not _is_dense(tensor):
+            found = f"{name!r}: {type(tensor).__name__}"
+            raise InitialError(f"--init {path}: expected dense tensors by name; found {found}; give a state dict")
+        while name.startswith(PREFIXES):
+            name = name.partition(".")[2]
+        state[name] = tensor
+    return state
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+
+
+def renamed(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Under this family's names, and floating-point values in float32."""
+    try:
+        ours = dict(state) if any(name.startswith("stem.") for name in state) else from_timm(state)
+    except ValueError as error:
+        raise InitialError(f"--init {path}: {error}; give weights of a ResNet-RS") from error
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in ours.items()}
+
+
+def architecture_of(path: Path, state: Mapping[str, Tensor]) -> ModelSection:
+    """The network whose weights have the shapes of ``state``, with the strides of timm's."""
+    blocks: dict[int, set[int]] = {}
+    for name in state:
+        if found := re.match(r"stages\.(\d{1,4})\.(\d{1,4})\.", name):
+            blocks.setdefault(int(found[1]), set()).add(int(found[2]))
+    needed = ("stem.conv1.weight", "stages.0.0.conv1.weight", "stages.0.0.se.reduce.weight")
+    missing = [name for name in needed if name not in state or state[name].dim() < 2]
+    counts = tuple(len(blocks[stage]) for stage in sorted(blocks))
+    if missing or sorted(blocks) != list(range(len(blocks))):
+        lacks = first_of(missing) or "a stage"
+        raise InitialError(f"--init {path}: it lacks {lacks}; give the weights of a whole ResNet-RS")
+    stem, first, reduce = (state[name] for name in needed)
+    depth = next((depth for depth, usual in DEPTHS.items() if usual == counts), None)
+    return replace(
+        ModelSection(dropout=0.0),
+        **({"blocks": counts} if depth is None else {"depth": depth}),
+        stem_width=len(stem),
+        width_multiplier=len(first) / 64,
+        se_ratio=reduce.shape[0] / max(reduce.shape[1], 1),
+    )
+
+
+def timm_normalisation(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | tuple[None, None]:
+    """Mean and standard deviation in the ``config.json`` beside the weights, or none."""
+    config = path.parent / TIMM_CONFIG
+    if path.name not in TIMM_FILES or not config.is_file():
+        return None, None
+    try:
+        content = json.loads(config.read_bytes())
+        values = content.get("pretrained_cfg", content)
+        if "mean" not in values and "std" not in values:
+            return None, None
+        if is_normalisation(values):
+            return tuple(map(float, values["mean"])), tuple(map(float, values["std"]))
+        fault = f"mean {values.get('mean')}, std {values.get('std')}"
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+        fault = str(error)
+    raise InitialError(
+        f"--init {config}: expected the mean and std of three channels, from 0 to 1, or neither; found {fault[:120]}; "
+        f"mend the file or take it away"
+    )
+
+
+def is_normalisation(values: Mapping[str, Any]) -> bool:
+    """Whether ``values`` has the mean and the std of three channels, in units of 0 to 1, the std above 0."""
+    mean, std = values.get("mean"), values.get("std")
+    return all(
+        isinstance(each, list | tuple)
+        and len(each) == 3
+        and all(isinstance(value, int | float) and least <= value <= 1 for value in each)  # false for NaN
+        for each, least in ((mean, 0), (std, 1e-6))
+    )
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first of ``names`` in words, and how many more there are."""
+    return ", ".join(names[:MOST_NAMED]) + f" and {len(names) - MOST_NAMED} more" * (len(names) > MOST_NAMED)
