@@ -7,6 +7,7 @@ import contextlib
 import functools
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from rsengine.kernels import explain
 from rsengine.run.checkpoint import load_checkpoint
 from rsengine.run.files import CHECKPOINT_FILE, RECIPE_FILE, remove_leftovers, write_atomically
 from rsengine.run.folder import RUNS, latest_run, locked, make_run_folder
+from rsengine.run.initial import Initial, normalised_as, origin_of, read_initial
 from rsengine.run.progress import duration
 from rsengine.run.records import write_records
 from rsengine.trainer import Trainer
@@ -50,7 +52,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, held: contextlib.ExitStack) -> int:
-    recipe = _recipe(arguments, "quickstart")
+    initial = _initial(arguments)
+    recipe = _recipe(arguments, "quickstart", initial)
     out = Path(arguments.out) if arguments.out else None
     if arguments.resume and out is None and arguments.recipe:
         out = latest_run(recipe.name)
@@ -65,13 +68,15 @@ def _run(arguments: argparse.Namespace, held: contextlib.ExitStack) -> int:
             f"`{convert_command()} SOURCE --out DIR --size 32`"
         )
     if dataset.name == "digits" and arguments.recipe is None and not (arguments.resume and out):
-        recipe = _recipe(arguments, "digits")
+        recipe = _recipe(arguments, "digits", initial)
         say("recipe digits, because the data are the digits and no --recipe was given")
-    state = None
+    state, origin = None, initial.origin() if initial else None
     if arguments.resume:
         out = out or latest_run(recipe.name)
         held.enter_context(locked(out, say))
         state, recipe = _saved(arguments, out)
+        origin = origin_of(state, out)
+    dataset = normalised_as(dataset, origin)
 
     execution = choose_execution(arguments.device, recipe.train.precision)
     if execution.device.type == "cpu" and not keep_freed_memory():
@@ -81,10 +86,12 @@ def _run(arguments: argparse.Namespace, held: contextlib.ExitStack) -> int:
     graph, compile = not arguments.no_graph, arguments.compile
     if compile:
         check_compiler(execution)
-    trainer = Trainer(recipe, dataset, execution, out or RUNS, graph=graph, compile=compile, say=say)
+    trainer = Trainer(recipe, dataset, execution, out or RUNS, origin=origin, graph=graph, compile=compile, say=say)
     if state is not None:
         trainer.restore(state)
     else:
+        if initial is not None:
+            trainer.start_from(initial)
         out = _begin(trainer, out, held)
     remove_leftovers(out)
 
@@ -107,6 +114,7 @@ def _run(arguments: argparse.Namespace, held: contextlib.ExitStack) -> int:
         execution=execution,
         model=trainer.step.model,
         result=trainer.result,
+        origin=trainer.origin,
     )
     if stopped:
         return 128 + stopped
@@ -126,12 +134,30 @@ def _announce(trainer: Trainer, dataset: Dataset, steps: str) -> None:
     if execution.device.type == "cpu":
         say(f"layers: {explain('batch_norm', 'cpu')}")
     say(f"run: {recipe.name}, {recipe.train.epochs} epochs of {trainer.steps_per_epoch} steps, into {trainer.out}")
+    if recipe.train.frozen_parts:
+        parts, trained = ", ".join(recipe.train.frozen_parts), sum(p.numel() for p in trainer.step.update.params)
+        say(f"frozen: {parts}, with batch norm in evaluation mode; {trained:,} parameters are trained")
     if trainer.resumed:
         say(f"resumed at step {trainer.steps_done} of {trainer.total_steps}")
 
 
-def _recipe(arguments: argparse.Namespace, default: str) -> Recipe:
-    return load_recipe(arguments.recipe or default).with_settings(_settings(arguments))
+def _recipe(arguments: argparse.Namespace, default: str, initial: Initial | None) -> Recipe:
+    """The recipe that the command line asks for; without ``--recipe``, with the network of the ``initial`` weights."""
+    recipe = load_recipe(arguments.recipe or default)
+    if initial is not None and not arguments.recipe:
+        recipe = replace(recipe, model=initial.model)
+    recipe = recipe.with_settings(_settings(arguments))
+    if initial is not None:
+        initial.check_architecture(recipe.model)
+    return recipe
+
+
+def _initial(arguments: argparse.Namespace) -> Initial | None:
+    if not arguments.init:
+        return None
+    if arguments.resume:
+        raise UsageError("--init: a run that is resumed has its weights already; leave out --init, or --resume")
+    return read_initial(arguments.init)
 
 
 def _settings(arguments: argparse.Namespace) -> list[str]:
@@ -191,6 +217,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", help="run folder (default: runs/RECIPE-TIME)")
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run in --out, or with the recipe's latest"
+    )
+    parser.add_argument(
+        "--init",
+        metavar="WEIGHTS",
+        help="begin with the weights of a run, or of timm: a run folder or its weights.safetensors, a folder with "
+        "model.safetensors, or a .pth of a resnetrs*; without --recipe their network is taken too",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(

@@ -23,6 +23,7 @@ from rsengine.engine.step import image_sizes
 from rsengine.input.batches import open_batches
 from rsengine.run.checkpoint import CheckpointError, save_checkpoint
 from rsengine.run.files import CHECKPOINT_FILE
+from rsengine.run.initial import Initial
 from rsengine.run.log import EPOCH, INTERVAL, START, RunLog
 from rsengine.run.machine import machine, versions
 from rsengine.run.progress import Display
@@ -56,6 +57,8 @@ class Trainer:
 
     Args:
         out: the run folder; it must exist when the run begins, and may be set anew until then.
+        origin: of the weights that the run begins with, or began with, as :meth:`rsengine.run.initial.Initial.origin`
+            gives it; None for random ones.
         graph: on a GPU, capture the step and the evaluation as CUDA graphs.
         compile: compile the training pass of the network with ``torch.compile``.
         say: prints one line for the user.
@@ -68,6 +71,7 @@ class Trainer:
         execution: Execution,
         out: Path,
         *,
+        origin: dict[str, Any] | None = None,
         graph: bool = True,
         compile: bool = False,
         say: Callable[[str], None] = print,
@@ -75,6 +79,7 @@ class Trainer:
         dataset = replace(dataset, identity=identity_of(dataset))  # found once where an older version wrote none
         self.recipe, self.dataset, self.execution, self.say = recipe, dataset, execution, say
         self.set_folder(out)
+        self.origin = origin
         self.graph, self.compile = uses_graph(execution, graph), compile
         self.recorder = CudaRecorder(execution.device) if self.graph else None
         torch.manual_seed(recipe.train.seed)
@@ -89,6 +94,7 @@ class Trainer:
             self.steps_per_epoch,
             resident=self.batches.resident,
         )
+        self.step.given_weights = origin is not None
         self.evaluation = build_evaluation(self.step, recipe, *data)
         self.captured_evaluation: CapturedStep | None = None
         self.progress = Progress()
@@ -100,6 +106,10 @@ class Trainer:
     def set_folder(self, out: Path) -> None:
         """Name the run folder."""
         self.out, self.log = out, RunLog(out)
+
+    def start_from(self, initial: Initial) -> None:
+        """Begin with given weights instead of random ones. Raises :class:`InitialError` where they do not fit."""
+        self.step.start_from(initial.fitted(self.step.model, self.dataset.classes, self.say))
 
     @property
     def steps_done(self) -> int:
@@ -243,6 +253,7 @@ class Trainer:
                 "graph": self.graph,
                 "compiled": self.compile,
                 "resumed": self.resumed,
+                "origin": self.origin,
                 "machine": machine(),
                 "versions": versions(),
             }
@@ -300,6 +311,7 @@ class Trainer:
             "seconds": progress.pop("seconds"),
             "totals": progress,
             "best": self.best,
+            "origin": self.origin,
             "step": self.step.state_dict(),
             "rng": {
                 "cpu": torch.get_rng_state(),

@@ -10,7 +10,9 @@ Every record has ``kind`` and ``step`` (optimiser steps done when it was written
 ``start``
     One for each process that worked on the run: ``step`` (0, or the step resumed from), ``time_to_first_step``
     (seconds from the command to the end of the first optimiser step), ``device``, ``precision``, ``threads``,
-    ``resumed``; optionally ``machine`` and ``versions`` as :mod:`rsengine.run.machine` returns them.
+    ``resumed``; optionally ``origin`` (of the weights that the run began with: ``path``, ``sha256``, and the ``mean``
+    and ``std`` that came with them; null for random ones), and ``machine`` and ``versions`` as
+    :mod:`rsengine.run.machine` returns them.
 ``interval``
     One a log interval: ``epoch`` (float, epochs done), ``train_loss`` and ``train_accuracy`` (over the interval),
     ``learning_rate``, ``images_per_second``, ``seconds`` (training time so far).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rsengine.config import Recipe
 from rsengine.data import Dataset
@@ -27,12 +28,14 @@ def write_records(
     model: ResNetRS,
     result: Mapping[str, Evaluation],
     say: Callable[[str], None] = print,
+    origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``curves.png``, ``augmented.png``, ``confusion.png`` and ``report.md`` into the run folder ``out``.
 
     Args:
         result: of the last evaluation, by weights (``raw``, ``ema``); empty before the first.
         say: called with a line on class names that no picture can show.
+        origin: of the weights that the run began with, as :meth:`rsengine.run.initial.Initial.origin` gives it.
     """
     log = RunLog(out)
     title = f"{recipe.name} on {dataset.name}"
@@ -68,8 +71,9 @@ def write_records(
         notes=[
             f"{execution.reason}; {execution.threads} threads",
             "The losses of training and test are both with the recipe's label smoothing",
-            f"Again: `python -m rsengine.train --recipe recipe.toml --data SOURCE`, with this folder's `recipe.toml` "
-            f"and a source whose sha256 is `{dataset.checksum}`",
+            *([] if origin is None else [f"Began with the weights in `{origin['path']}`, sha256 `{origin['sha256']}`"]),
+            f"Again: `python -m rsengine.train --recipe recipe.toml{' --init WEIGHTS' * (origin is not None)} --data "
+            f"SOURCE`, with this folder's `recipe.toml` and a source whose sha256 is `{dataset.checksum}`",
         ],
         planned_epochs=recipe.train.epochs,
     )
