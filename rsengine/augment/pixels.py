@@ -16,6 +16,14 @@ _F0, _F255 = np.float32(0), np.float32(255)
 
 
 @njit(cache=True, nogil=True)
+def copy_pixels(image, out):
+    """As ``out[:] = image``, which numba compiles to slower code."""
+    flat, to = image.reshape(-1), out.reshape(-1)
+    for i in range(flat.size):
+        to[i] = flat[i]
+
+
+@njit(cache=True, nogil=True)
 def look_up(image, out, table):
     """``table``: (256,) uint8."""
     flat, to = image.reshape(-1), out.reshape(-1)

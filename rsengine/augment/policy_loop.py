@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 
 from rsengine.augment.generator import below, philox
-from rsengine.augment.pixels import apply_setting
+from rsengine.augment.pixels import apply_setting, copy_pixels
 from rsengine.augment.program import Program
 from rsengine.kernels.augment_tables import IDENTITY, POLICY_STREAM
 
@@ -60,7 +60,7 @@ def _run_slots(image, out, seed, index, epoch, group, start, stop, tables, bilin
                 scratch,
                 counts,
             )
-            image[:] = out
+            copy_pixels(out, image)
 
 
 @njit(cache=True, nogil=True)
@@ -107,7 +107,7 @@ def run_augmix(images, indices, seed, epoch, tables, chains, bilinear, fill):
         for p in range(mixed.size):
             mixed[p] = weights[0] * flat[p]
         for chain in range(chains):
-            chained[:] = images[i]
+            copy_pixels(images[i], chained)
             start = chain * depth
             stop = start + chain_length(seed, index, epoch, slots, chains, chain)
             _run_slots(chained, out, seed, index, epoch, 0, start, stop, tables, bilinear, fill, scratch, counts)
