@@ -1,12 +1,12 @@
-"""Augmentations of uint8 images, as FFCV operations and as device functions that give the same bytes.
+"""Augmentations of uint8 images, as operations on numpy arrays and as device functions that give the same bytes.
 
-The FFCV operations go after the decoder and before ``ToTensor``, in any ``ffcv.loader.Loader``, for RGB images of one
-size::
+:func:`for_ffcv` makes FFCV's operations of them, which go after the decoder and before ``ToTensor`` in any
+``ffcv.loader.Loader``, for RGB images of one size::
 
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import ToTensor
-    from rsengine.augment import AutoAugment, Cutout, HorizontalFlip, RandomCrop
+    from rsengine.augment import AutoAugment, Cutout, HorizontalFlip, RandomCrop, for_ffcv
 
     augmentations = [RandomCrop(4), HorizontalFlip(), AutoAugment("cifar10"), Cutout(holes=4, size=4)]
     loader = Loader(
@@ -15,7 +15,7 @@ size::
         num_workers=2,
         order=OrderOption.RANDOM,
         pipelines={
-            "image": [SimpleRGBImageDecoder(), *augmentations, ToTensor()],
+            "image": [SimpleRGBImageDecoder(), *for_ffcv(augmentations), ToTensor()],
             "label": [IntDecoder(), ToTensor()],
         },
     )
@@ -24,14 +24,15 @@ size::
             ...
 
 Each pass of a loader augments an image differently, depending on the number of the pass. To resume a run at epoch 7,
-set ``loader.next_epoch = 7``, which also determines FFCV's order of the images. Setting ``operation.epoch = 7``
-gives the next pass that number for this operation alone.
+set ``loader.next_epoch = 7``, which also determines FFCV's order of the images. Setting ``operation.epoch = 7`` of one
+of FFCV's operations gives the next pass that number for this operation alone.
 
 :class:`DeviceAugment` works on tensors on any device. Both draw from a counter-based generator keyed by (seed, epoch,
 index of the image), so an image's augmentation does not depend on its batch, worker or position, and a run can be
 stopped and resumed anywhere.
 
-The operations are imported on first use: FFCV takes seconds to import, and the device functions do not need it.
+The operations are imported on first use: numba takes a second to import, and the device functions do not need it.
+FFCV is imported by :func:`for_ffcv` alone.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 from rsengine.augment.device import DeviceAugment
 
 if TYPE_CHECKING:
+    from rsengine.augment.ffcv_operations import for_ffcv
     from rsengine.augment.operations import (
         AlternatingFlip,
         AugMix,
@@ -66,6 +68,7 @@ __all__ = [
     "RandomCrop",
     "SeededOperation",
     "TrivialAugmentWide",
+    "for_ffcv",
 ]
 
 
@@ -75,6 +78,9 @@ def __getattr__(name: str) -> Any:
     from rsengine.cache import keep_compiled_code
 
     keep_compiled_code()  # before the first import of numba
-    from rsengine.augment import operations
+    if name == "for_ffcv":
+        from rsengine.augment import ffcv_operations as module
+    else:
+        from rsengine.augment import operations as module
 
-    return getattr(operations, name)
+    return getattr(module, name)

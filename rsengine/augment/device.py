@@ -1,7 +1,7 @@
 """A recipe's augmentations of a whole batch as one operator of :mod:`rsengine.kernels`, for any device.
 
-The same bytes as the FFCV operations of :mod:`rsengine.augment.operations` for the same (seed, epoch, index). Nothing
-here imports FFCV or numba.
+The same bytes as the operations of :mod:`rsengine.augment.operations` for the same (seed, epoch, index). Nothing here
+imports numba.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Builds the FFCV operations of a recipe."""
+"""Builds the augmentations of a recipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def training_augmentations(augment: AugmentSection, mean: Sequence[float], seed: int) -> list[SeededOperation]:
-    """The FFCV operations of a recipe, in order. ``mean``: of the data set, 0 to 1; one of the fill colours."""
+    """The operations of a recipe, in order. ``mean``: of the data set, 0 to 1; one of the fill colours."""
     operations: list[SeededOperation] = []
     if augment.crop_padding:
         operations.append(RandomCrop(augment.crop_padding, augment.crop_mode, seed=seed))

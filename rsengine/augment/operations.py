@@ -1,29 +1,22 @@
-"""The augmentations as FFCV operations: pad-and-crop, flips, Cutout, and the policies.
+"""The augmentations of a data pipeline on the CPU: pad-and-crop, flips, Cutout, and the policies.
 
-The loops are numba functions at module level, which are compiled once per machine and cached on disk; code that FFCV
-generates is compiled again in every process. They run in FFCV's thread and release the GIL.
+The loops are numba functions at module level, which are compiled once per machine and cached on disk. They run in the
+thread of a loader and release the GIL. :mod:`rsengine.augment.ffcv_operations` makes FFCV's operations of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
-from threading import Thread, current_thread
-from types import SimpleNamespace
-from weakref import WeakKeyDictionary
 
-import numba as nb
 import numpy as np
 from numba import njit
-from numba.core.dispatcher import Dispatcher
-from numba.typed import typeddict
 
 from rsengine.augment import policies
 from rsengine.augment.generator import below, philox
+from rsengine.augment.pixels import copy_pixels
 from rsengine.augment.policy_loop import program_arrays, run_augmix, run_policy
 from rsengine.augment.program import Program, compile_policy
-from rsengine.device import preserved_threads
 from rsengine.kernels.augment_tables import (
     CROP_STREAM,
     CUTOUT_STREAM,
@@ -32,87 +25,19 @@ from rsengine.kernels.augment_tables import (
     check_crop_padding,
 )
 
-# Importing FFCV makes a typed dictionary, whose methods numba would compile in every process, in about three seconds.
-# With caching they are compiled once per machine, like our own functions.
-for _method in vars(typeddict).values():
-    if isinstance(_method, Dispatcher):
-        _method.enable_caching()
 
-with preserved_threads():
-    import ffcv  # noqa: F401  (first: ffcv.pipeline cannot be imported by itself)
-    from ffcv.loader.epoch_iterator import EpochIterator
-    from ffcv.memory_managers import os_cache
-    from ffcv.pipeline.allocation_query import AllocationQuery
-    from ffcv.pipeline.operation import Operation
-    from ffcv.pipeline.state import State
-
-
-class _ReadOnly:
-    """A numba scalar type whose array types are read-only."""
-
-    def __init__(self, dtype: nb.types.Type):
-        self._dtype = dtype
-
-    def __getitem__(self, layout: slice | tuple[slice, ...]) -> nb.types.Array:
-        return self._dtype[layout].copy(readonly=True)
-
-
-# FFCV's memory manager makes its array type read-only by writing to it. numba shares one object per type, so functions
-# already compiled for such an array could no longer be found under their own key (KeyError at the next compilation).
-# A type that is read-only from the start leaves that write without effect.
-os_cache.nb = SimpleNamespace(types=nb.types, uint8=_ReadOnly(nb.uint8), uint64=nb.uint64)
-
-
-class SeededOperation(Operation):
-    """Base of the operations: uint8 (N, H, W, 3) images in and out, random numbers from (seed, epoch, index).
-
-    The epoch is the loader's: FFCV counts the passes over its data in ``Loader.next_epoch``, which also decides the
-    order of the images. Setting :attr:`epoch` gives the next pass that number, and later passes count on from it.
-    """
-
-    in_place = True
+class SeededOperation:
+    """Base of the operations: a function of the images and of (seed, epoch, index of each image) alone."""
 
     def __init__(self, seed: int = 0) -> None:
-        super().__init__()
         self.seed = seed
-        self._set = 0
-        self._is_for_next_pass = False
-        self._ahead_of_loader = 0
-        # FFCV runs each pass in a thread of its own, and one that was abandoned may still be working on a batch.
-        self._passes: WeakKeyDictionary[Thread, int] = WeakKeyDictionary()
 
-    @property
-    def epoch(self) -> int:
-        """In the thread of a pass, the number of that pass; elsewhere the number last set, initially 0."""
-        return self._passes.get(current_thread(), self._set)
+    def apply(self, images: np.ndarray, indices: np.ndarray, epoch: int = 0) -> np.ndarray:
+        """Augment ``images``, (N, H, W, 3) uint8, contiguous, in place and return them.
 
-    @epoch.setter
-    def epoch(self, number: int) -> None:
-        self._set, self._is_for_next_pass = number, True
-
-    def _begin_pass(self, iterator: EpochIterator) -> None:
-        number = iterator.loader.next_epoch - 1  # counted up before the thread begins
-        if self._is_for_next_pass:
-            self._ahead_of_loader, self._is_for_next_pass = self._set - number, False
-        self._passes[iterator] = number + self._ahead_of_loader
-
-    def apply(self, images: np.ndarray, destination: np.ndarray | None, indices: np.ndarray) -> np.ndarray:
-        """Augment ``images``, (N, H, W, 3) uint8, whose places in the data set are ``indices``, (N,)."""
+        ``indices``: (N,) int64, the places of the images in the data set.
+        """
         raise NotImplementedError
-
-    def generate_code(self) -> Callable:
-        def code(images: np.ndarray, destination: np.ndarray | None, indices: np.ndarray) -> np.ndarray:
-            iterator = current_thread()
-            if isinstance(iterator, EpochIterator) and iterator not in self._passes:
-                self._begin_pass(iterator)
-            return self.apply(images, destination, np.asarray(indices, dtype=np.int64))
-
-        code.with_indices = True  # asks FFCV for the indices of the batch
-        return code
-
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery | None]:
-        memory = None if self.in_place else AllocationQuery(previous_state.shape, previous_state.dtype)
-        return replace(previous_state, jit_mode=False), memory
 
 
 class RandomCrop(SeededOperation):
@@ -123,8 +48,6 @@ class RandomCrop(SeededOperation):
             repeated; the padding is then less than each side.
     """
 
-    in_place = False
-
     def __init__(self, padding: int = 4, mode: str = "zero", seed: int = 0) -> None:
         super().__init__(seed)
         if padding < 0:
@@ -133,23 +56,22 @@ class RandomCrop(SeededOperation):
             raise ValueError(f"RandomCrop: expected mode {' or '.join(policies.CROP_MODES)}; got {mode!r}")
         self.padding, self.mode = padding, mode
 
-    def apply(self, images: np.ndarray, destination: np.ndarray | None, indices: np.ndarray) -> np.ndarray:
-        out = np.empty_like(images) if destination is None else destination[: len(images)]
+    def apply(self, images: np.ndarray, indices: np.ndarray, epoch: int = 0) -> np.ndarray:
         check_crop_padding("RandomCrop: padding", self.padding, images.shape[1:3], reflect=self.mode == "reflect")
         if self.mode == "reflect":
-            _crop_reflect(images, out, indices, self.seed, self.epoch, self.padding)
+            _crop_reflect(images, indices, self.seed, epoch, self.padding)
         else:
-            _crop(images, out, indices, self.seed, self.epoch, self.padding)
-        return out
+            _crop(images, indices, self.seed, epoch, self.padding)
+        return images
 
 
 class HorizontalFlip(SeededOperation):
-    """Mirror left to right, in place, with probability one half."""
+    """Mirror left to right with probability one half."""
 
     alternating = False
 
-    def apply(self, images: np.ndarray, destination: np.ndarray | None, indices: np.ndarray) -> np.ndarray:
-        _flip(images, indices, self.seed, self.epoch, self.alternating)
+    def apply(self, images: np.ndarray, indices: np.ndarray, epoch: int = 0) -> np.ndarray:
+        _flip(images, indices, self.seed, epoch, self.alternating)
         return images
 
 
@@ -163,7 +85,7 @@ class AlternatingFlip(HorizontalFlip):
 
 
 class Cutout(SeededOperation):
-    """Blank ``holes`` squares of ``size`` x ``size`` pixels, in place (DeVries & Taylor, arXiv 1708.04552).
+    """Blank ``holes`` squares of ``size`` x ``size`` pixels (DeVries & Taylor, arXiv 1708.04552).
 
     Centres are uniform over the pixels of the image, so that a square may reach over the border and is clipped there.
 
@@ -178,13 +100,13 @@ class Cutout(SeededOperation):
         self.holes, self.size = holes, size
         self.fill = _colour(fill)
 
-    def apply(self, images: np.ndarray, destination: np.ndarray | None, indices: np.ndarray) -> np.ndarray:
-        _cutout(images, indices, self.seed, self.epoch, self.holes, self.size, self.fill)
+    def apply(self, images: np.ndarray, indices: np.ndarray, epoch: int = 0) -> np.ndarray:
+        _cutout(images, indices, self.seed, epoch, self.holes, self.size, self.fill)
         return images
 
 
 class PolicyOperation(SeededOperation):
-    """A policy of :mod:`rsengine.augment.policies`, in place, on images of any one size.
+    """A policy of :mod:`rsengine.augment.policies`, on images of any one size.
 
     Args:
         make: returns the policy for images of a size (height, width).
@@ -203,7 +125,7 @@ class PolicyOperation(SeededOperation):
         if interpolation not in policies.INTERPOLATIONS:
             raise ValueError(f"interpolation: expected {' or '.join(policies.INTERPOLATIONS)}; got {interpolation!r}")
         self.make, self.bilinear, self.fill = make, interpolation == "bilinear", _colour(fill)
-        make((32, 32))  # so that wrong numbers are refused here, and not in FFCV's thread
+        make((32, 32))  # so that wrong numbers are refused here, and not in a loader's thread
         self._compiled: tuple[Program, tuple[np.ndarray, ...]] | None = None
 
     def program(self, size: tuple[int, int]) -> Program:
@@ -213,15 +135,15 @@ class PolicyOperation(SeededOperation):
             self._compiled = program, program_arrays(program)
         return self._compiled[0]
 
-    def apply(self, images: np.ndarray, destination: np.ndarray | None, indices: np.ndarray) -> np.ndarray:
+    def apply(self, images: np.ndarray, indices: np.ndarray, epoch: int = 0) -> np.ndarray:
         program = self.program(images.shape[1:3])
         _, tables = self._compiled
         if not len(images):
             return images
         if program.chains:
-            run_augmix(images, indices, self.seed, self.epoch, tables, program.chains, self.bilinear, self.fill)
+            run_augmix(images, indices, self.seed, epoch, tables, program.chains, self.bilinear, self.fill)
         else:
-            run_policy(images, indices, self.seed, self.epoch, tables, self.bilinear, self.fill)
+            run_policy(images, indices, self.seed, epoch, tables, self.bilinear, self.fill)
         return images
 
 
@@ -282,17 +204,27 @@ def _colour(fill: Sequence[int]) -> np.ndarray:
 
 
 @njit(cache=True, nogil=True)
-def _crop(images, out, indices, seed, epoch, padding):
+def _crop(images, indices, seed, epoch, padding):
     n, height, width, channels = images.shape
+    rows = images.reshape(n, height, width * channels)
+    image = np.empty((height, width * channels), np.uint8)
     for i in range(n):
         words = philox(seed, indices[i], epoch, CROP_STREAM, 0)
         top = below(words[0], 2 * padding + 1) - padding
-        left = below(words[1], 2 * padding + 1) - padding
+        left = (below(words[1], 2 * padding + 1) - padding) * channels
+        start = min(max(-left, 0), width * channels)
+        stop = max(min(width * channels - left, width * channels), 0)
+        copy_pixels(images[i], image)
         for y in range(height):
-            for x in range(width):
-                inside = 0 <= y + top < height and 0 <= x + left < width
-                for c in range(channels):
-                    out[i, y, x, c] = images[i, y + top, x + left, c] if inside else np.uint8(0)
+            row = rows[i, y]
+            if 0 <= y + top < height:
+                source = image[y + top]
+                row[:start] = 0
+                for x in range(start, stop):  # unsigned, because numba wraps negative places around, pixel by pixel
+                    row[np.uint64(x)] = source[np.uint64(x + left)]
+                row[stop:] = 0
+            else:
+                row[:] = 0
 
 
 @njit(cache=True, nogil=True)
@@ -302,18 +234,20 @@ def _mirrored(place, size):
 
 
 @njit(cache=True, nogil=True)
-def _crop_reflect(images, out, indices, seed, epoch, padding):
+def _crop_reflect(images, indices, seed, epoch, padding):
     n, height, width, channels = images.shape
+    image = np.empty((height, width, channels), np.uint8)
     for i in range(n):
         words = philox(seed, indices[i], epoch, CROP_STREAM, 0)
         top = below(words[0], 2 * padding + 1) - padding
         left = below(words[1], 2 * padding + 1) - padding
+        copy_pixels(images[i], image)
         for y in range(height):
             row = _mirrored(y + top, height)
             for x in range(width):
                 column = _mirrored(x + left, width)
                 for c in range(channels):
-                    out[i, y, x, c] = images[i, row, column, c]
+                    images[i, y, x, c] = image[row, column, c]
 
 
 @njit(cache=True, nogil=True)

@@ -1,4 +1,4 @@
-"""The policies and their magnitudes, in tables that the FFCV operations and the device functions share.
+"""The policies and their magnitudes, in tables that the operations and the device functions share.
 
 A policy is a :class:`Policy`: groups of slots, each slot a list of :class:`Choice`. To augment an image, draw a group;
 then, in each of its slots in turn, draw a choice, apply its operation with its probability at a drawn magnitude and

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rsengine.augment import SeededOperation
+from rsengine.augment import SeededOperation, for_ffcv
 from rsengine.data.beton.reader import BetonReader
 from rsengine.device import preserved_threads
 from rsengine.errors import LoaderError, smaller_batch
@@ -53,7 +53,7 @@ class BetonLoader:
     ) -> None:
         BetonReader(path)  # raises DataError for a damaged file
         self.batch_size = batch_size
-        self.augmentations = list(augmentations)
+        self.augmentations = for_ffcv(augmentations)
         self._order = _Order(shuffle, seed)
         with preserved_threads():
             self._loader = Loader(

@@ -33,7 +33,7 @@ def draw_augmented(
     Raises:
         ValueError: the images of the data set differ in size.
     """
-    from rsengine.augment.describe import describe  # numba and FFCV, which a resident run starts without
+    from rsengine.augment.describe import describe  # numba, which a resident run starts without
     from rsengine.augment.from_recipe import training_augmentations
     from rsengine.augment.program import compile_policy
 
@@ -49,8 +49,7 @@ def draw_augmented(
     for epoch in range(epochs):
         batch = originals.copy()
         for operation in operations:
-            operation.epoch = epoch
-            batch = operation.apply(batch, None, indices)
+            batch = operation.apply(batch, indices, epoch)
         rows.append((f"epoch {epoch + 1}", batch))
         if program is not None:
             captions.append(["\n".join(describe(program, seed, epoch, int(i))) for i in indices])

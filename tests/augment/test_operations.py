@@ -1,16 +1,7 @@
 """The augmentations against plain numpy, and their random numbers against their definition."""
 
-import os
-
-import numba as nb
 import numpy as np
 import pytest
-
-import rsengine.augment  # isort: split
-
-from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
-from ffcv.loader import Loader
-from ffcv.transforms import ToTensor
 
 from rsengine.augment import (
     AlternatingFlip,
@@ -25,9 +16,6 @@ from rsengine.augment import (
 from rsengine.augment.from_recipe import training_augmentations
 from rsengine.augment.generator import below, philox
 from rsengine.config import AugmentSection
-from rsengine.data.beton.reader import BetonReader
-from rsengine.device import preserved_threads
-from rsengine.input.stream import BetonLoader
 
 RNG = np.random.default_rng(0)
 INDICES = np.arange(500)
@@ -67,8 +55,7 @@ def test_draws_are_uniform_and_differ_with_every_part_of_the_key():
 @pytest.mark.parametrize(("mode", "numpys"), [("zero", "constant"), ("reflect", "reflect")])
 def test_crop_equals_padding_and_slicing(mode, numpys):
     operation, x = RandomCrop(padding=2, mode=mode, seed=3), images()
-    operation.epoch = 5
-    out = operation.apply(x, None, INDICES)
+    out = operation.apply(x.copy(), INDICES, 5)
     padded = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), mode=numpys)
     offsets = set()
     for i in range(len(x)):
@@ -81,7 +68,7 @@ def test_crop_equals_padding_and_slicing(mode, numpys):
 
 def test_flip_mirrors_about_half_of_the_images():
     x = images()
-    out = HorizontalFlip(seed=1).apply(x.copy(), None, INDICES)
+    out = HorizontalFlip(seed=1).apply(x.copy(), INDICES)
     mirrored = (out == x[:, :, ::-1]).all(axis=(1, 2, 3))
     same = (out == x).all(axis=(1, 2, 3))
     assert (mirrored ^ same).all() and 200 < mirrored.sum() < 300
@@ -91,8 +78,7 @@ def test_alternating_flip_mirrors_each_image_in_every_other_epoch():
     operation, x = AlternatingFlip(seed=1), images()
     mirrored = []
     for epoch in range(4):
-        operation.epoch = epoch
-        out = operation.apply(x.copy(), None, INDICES)
+        out = operation.apply(x.copy(), INDICES, epoch)
         mirrored.append((out == x[:, :, ::-1]).all(axis=(1, 2, 3)))
         assert (mirrored[-1] | (out == x).all(axis=(1, 2, 3))).all()
     assert 200 < mirrored[0].sum() < 300
@@ -103,7 +89,7 @@ def test_alternating_flip_mirrors_each_image_in_every_other_epoch():
 @pytest.mark.parametrize(("holes", "size"), [(1, 3), (4, 4), (1, 5), (2, 30)])
 def test_cutout_blanks_clipped_squares_with_the_fill(holes, size):
     x, fill = np.full((500, 9, 7, 3), 200, np.uint8), (1, 2, 3)
-    out = Cutout(holes, size, fill, seed=2).apply(x.copy(), None, INDICES)
+    out = Cutout(holes, size, fill, seed=2).apply(x.copy(), INDICES)
     blank = (out == np.array(fill)).all(axis=-1)
     assert ((out == 200).all(axis=-1) | blank).all()
     areas = blank.sum(axis=(1, 2))
@@ -134,29 +120,28 @@ OPERATIONS = [
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: type(operation).__name__)
 def test_an_image_is_augmented_the_same_in_any_batch_and_differently_in_each_epoch_and_seed(operation):
     x = images()
-    whole = operation.apply(x.copy(), None, INDICES)
+    whole = operation.apply(x.copy(), INDICES)
     chosen = np.array([400, 3, 77])
-    assert (operation.apply(x[chosen].copy(), None, chosen) == whole[chosen]).all()
-    operation.epoch = 1
-    assert (operation.apply(x.copy(), None, INDICES) != whole).any()
-    operation.epoch, operation.seed = 0, 8
-    assert (operation.apply(x.copy(), None, INDICES) != whole).any()
+    assert (operation.apply(x[chosen].copy(), chosen) == whole[chosen]).all()
+    assert (operation.apply(x.copy(), INDICES, 1) != whole).any()
+    operation.seed = 8
+    assert (operation.apply(x.copy(), INDICES) != whole).any()
     operation.seed = 7
-    assert (operation.apply(x.copy(), None, INDICES) == whole).all()
+    assert (operation.apply(x.copy(), INDICES) == whole).all()
 
 
 def test_no_images_are_augmented_to_no_images():
     for operation in OPERATIONS:
-        assert operation.apply(images(0), None, INDICES[:0]).shape == (0, 9, 7, 3)
+        assert operation.apply(images(0), INDICES[:0]).shape == (0, 9, 7, 3)
 
 
 def test_one_operation_serves_images_of_several_sizes():
     """As one pipeline may in turn: the tables hang on the size."""
     operation = AutoAugment(seed=7)
     small, large = images(height=9), images(height=30)
-    expected = operation.apply(small.copy(), None, INDICES)
-    operation.apply(large.copy(), None, INDICES)
-    assert (operation.apply(small.copy(), None, INDICES) == expected).all()
+    expected = operation.apply(small.copy(), INDICES)
+    operation.apply(large.copy(), INDICES)
+    assert (operation.apply(small.copy(), INDICES) == expected).all()
 
 
 @pytest.mark.parametrize(
@@ -165,7 +150,7 @@ def test_one_operation_serves_images_of_several_sizes():
         (lambda: RandomCrop(-1), "padding >= 0; got -1"),
         (lambda: RandomCrop(4, mode="edge"), "zero or reflect; got 'edge'"),
         (
-            lambda: RandomCrop(7, mode="reflect").apply(images(), None, INDICES),
+            lambda: RandomCrop(7, mode="reflect").apply(images(), INDICES),
             "padding: expected 0 to 6 to",
         ),
         (lambda: Cutout(0), "holes >= 1"),
@@ -188,110 +173,6 @@ def test_a_recipe_gives_its_operations_in_order():
     assert policy.fill.tolist() == [128, 64, 255] and cutout.fill.tolist() == [0, 0, 0]
     x = images(height=32, width=32)
     alone = AutoAugment(fill=(128, 64, 255), seed=5)
-    assert (policy.apply(x.copy(), None, INDICES) == alone.apply(x.copy(), None, INDICES)).all()
+    assert (policy.apply(x.copy(), INDICES) == alone.apply(x.copy(), INDICES)).all()
     section = AugmentSection(crop_padding=0, alternating_flip=True)
     assert [type(operation) for operation in training_augmentations(section, (0, 0, 0), 0)] == [AlternatingFlip]
-
-
-def example():
-    """The loop in the package's documentation, as code."""
-    text = rsengine.augment.__doc__
-    lines = text[text.index("    from ffcv.fields") : text.index("Each pass of a loader")].splitlines()
-    return "\n".join(line[4:] for line in lines)
-
-
-@pytest.mark.parametrize(
-    "workers", [1, pytest.param(2, marks=pytest.mark.skipif(os.cpu_count() < 2, reason="one core"))]
-)
-def test_the_documented_example_runs_and_gives_the_same_with_any_number_of_workers(toy_dataset, workers):
-    code = example().replace('"train.beton"', repr(str(toy_dataset.train_beton))).replace("range(10)", "range(2)")
-    code = code.replace("OrderOption.RANDOM", "OrderOption.SEQUENTIAL").replace("batch_size=128", "batch_size=30")
-    code = code.replace("num_workers=2", f"num_workers={workers}").replace("...", "seen.append(images.numpy().copy())")
-    seen = []
-    with preserved_threads():
-        exec(code, {"seen": seen})
-    assert len(seen) == 10
-    reader = BetonReader(toy_dataset.train_beton)
-    indices = np.arange(150)
-    for epoch in range(2):
-        expected = np.stack([reader.image(i) for i in indices])
-        for operation in (RandomCrop(4), HorizontalFlip(), AutoAugment("cifar10"), Cutout(4, 4)):
-            operation.epoch = epoch
-            expected = operation.apply(expected, None, indices)
-        assert (np.concatenate(seen[5 * epoch : 5 * epoch + 5]) == expected).all()
-
-
-def passes(loader, count):
-    """The images of so many passes of one of FFCV's loaders."""
-    with preserved_threads():
-        return [np.concatenate([images.numpy().copy() for images, _ in loader]) for _ in range(count)]
-
-
-def loader_of(dataset, operations, **options):
-    pipelines = {"image": [SimpleRGBImageDecoder(), *operations, ToTensor()], "label": [IntDecoder(), ToTensor()]}
-    with preserved_threads():
-        return Loader(str(dataset.train_beton), batch_size=30, num_workers=1, pipelines=pipelines, **options)
-
-
-def operations():
-    return [RandomCrop(4, seed=3), AlternatingFlip(seed=3), AutoAugment(seed=3), Cutout(seed=3)]
-
-
-@pytest.fixture(scope="module")
-def epochs(toy_dataset):
-    """The images of some epochs as training gets them."""
-    loader = BetonLoader(toy_dataset.train_beton, 30, augmentations=operations())
-    return {epoch: np.concatenate([images.numpy() for images, _ in loader.epoch(epoch)]) for epoch in (0, 1, 2, 7, 8)}
-
-
-@pytest.mark.parametrize("recompile", [False, True])
-def test_each_pass_of_ffcvs_loader_is_the_next_epoch(toy_dataset, epochs, recompile):
-    found = passes(loader_of(toy_dataset, operations(), recompile=recompile), 3)
-    for epoch, images in enumerate(found):
-        assert (images == epochs[epoch]).all()
-    assert ((found[0] != found[1]).any(axis=(1, 2, 3))).mean() > 0.9  # of the images
-
-
-def test_a_loader_that_goes_on_at_a_later_epoch_takes_the_augmentations_along(toy_dataset, epochs):
-    loader = loader_of(toy_dataset, operations())
-    loader.next_epoch = 7
-    for epoch, images in zip((7, 8), passes(loader, 2), strict=True):
-        assert (images == epochs[epoch]).all()
-
-
-def test_an_epoch_that_is_set_wins_and_is_counted_on_from(toy_dataset, epochs):
-    chosen = operations()
-    loader = loader_of(toy_dataset, chosen)
-    for wanted, count in (((7, 8), 2), ((1,), 1), ((1, 2), 2)):
-        for operation in chosen:
-            operation.epoch = wanted[0]
-        for epoch, images in zip(wanted, passes(loader, count), strict=True):
-            assert (images == epochs[epoch]).all()
-    assert [operation.epoch for operation in chosen] == [1] * 4  # what was set last
-
-
-def test_a_pass_that_is_left_early_is_counted_and_disturbs_no_other(toy_dataset, epochs):
-    loader = loader_of(toy_dataset, operations(), batches_ahead=1)
-    with preserved_threads():
-        left = iter(loader)
-        first = next(left)[0].numpy().copy()
-    (second,) = passes(loader, 1)
-    with preserved_threads():
-        rest = [images.numpy().copy() for images, _ in left]  # its thread still had batches to make
-    assert (np.concatenate([first, *rest]) == epochs[0]).all() and (second == epochs[1]).all()
-
-
-@pytest.mark.parametrize("os_cache", [True, False])
-def test_ffcvs_loaders_leave_numbas_shared_types_as_they_were(toy_dataset, os_cache):
-    pipelines = {"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]}
-    shared = [nb.uint8[::1], nb.uint8[:, ::1], nb.uint64[::1], nb.uint32[::1]]
-    before = [hash(one) for one in shared]
-    with preserved_threads():
-        loader = Loader(
-            str(toy_dataset.test_beton), batch_size=4, num_workers=1, os_cache=os_cache, pipelines=pipelines
-        )
-        images, _ = next(iter(loader))
-        images = images.copy()
-    assert [hash(one) for one in shared] == before
-    assert all(one.mutable for one in shared)
-    assert (images[1] == BetonReader(toy_dataset.test_beton).image(1)).all()

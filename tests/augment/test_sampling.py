@@ -139,7 +139,7 @@ def test_the_words_say_what_is_done():
     """Where describe names nothing the image stays, and where it names an inversion alone the image is inverted."""
     operation = PolicyOperation(lambda size: policies.autoaugment(size, "svhn"), seed=SEED)
     images = np.random.default_rng(0).integers(0, 256, (400, *SIZE, 3), dtype=np.uint8)
-    out = operation.apply(images.copy(), None, np.arange(400))
+    out = operation.apply(images.copy(), np.arange(400))
     words = [describe(operation.program(SIZE), SEED, 0, i) for i in range(400)]
     untouched = [i for i, names in enumerate(words) if not names]
     inverted = [i for i, names in enumerate(words) if names == ["invert"]]

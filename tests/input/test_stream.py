@@ -91,7 +91,7 @@ def test_importing_the_loader_leaves_torchs_threads_alone():
 
 
 class Broken(SeededOperation):
-    def apply(self, images, destination, indices):
+    def apply(self, images, indices, epoch=0):
         raise RuntimeError("this operation is broken on purpose")
 
 
