@@ -1,13 +1,15 @@
 """Batches from a ``.beton`` file through FFCV, without FFCV's pitfalls.
 
 FFCV sets torch's thread count to its own number of workers, returns views of a buffer that it will overwrite, leaves
-its thread running when a loop ends early, hangs forever when that thread dies, and reads wherever a damaged file says.
-Here the thread count is restored, batches are copies, the thread is always joined, its death raises an error, and the
-file is checked first.
+its thread running when a loop ends early, or waiting forever if that is near the end of an epoch, hangs forever when
+that thread dies, and reads wherever a damaged file says. Here the thread count is restored, batches are copies, the
+thread is always ended and joined, its death raises an error, and the file is checked first.
 """
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -95,8 +97,7 @@ class BetonLoader:
                     torch.set_num_threads(threads)
                 yield images.clone(), labels.flatten().clone()
         finally:
-            iterator.close()
-            iterator.join()
+            _end(iterator)
 
 
 class _Order(TraversalOrder):
@@ -126,3 +127,14 @@ def _next(iterator: EpochIterator) -> tuple[Tensor, Tensor]:
             raise LoaderError("the data pipeline's thread ended early; its own error is printed above")
         time.sleep(0.0005)
     return next(iterator)
+
+
+def _end(iterator: EpochIterator) -> None:
+    """Let the thread make no further batch, and wait for its end. It stops only where the queue has room for what it
+    puts there, the mark of the epoch's end included."""
+    iterator.iter_ixes = iter(())
+    iterator.close()
+    while iterator.is_alive():
+        with contextlib.suppress(queue.Empty):
+            iterator.output_queue.get(timeout=0.01)
+    iterator.join()

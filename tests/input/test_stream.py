@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -83,6 +84,19 @@ def test_torch_keeps_its_threads_and_ffcv_none(toy_dataset):
         assert torch.get_num_threads() == 2 and threading.active_count() == running
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("taken", range(7))
+def test_a_loop_can_be_left_after_any_number_of_batches(toy_dataset, taken):
+    """FFCV's thread waits for room to say that an epoch is over, even if nobody will take what fills its queue."""
+    batches = BetonLoader(toy_dataset.train_beton, 25).epoch()
+    for _ in range(taken):
+        next(batches, None)
+    time.sleep(0.05)  # for the thread to get as far as it can
+    leaving = threading.Thread(target=batches.close, daemon=True)
+    leaving.start()
+    leaving.join(timeout=20)
+    assert not leaving.is_alive()
 
 
 def test_importing_the_loader_leaves_torchs_threads_alone():
