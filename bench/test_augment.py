@@ -1,8 +1,8 @@
 """Images a second of augmentation pipelines on this machine's cores, in turn: ours, and those in use elsewhere.
 
 All of them crop with padding 4, flip, apply AutoAugment for CIFAR-10 and cut out four 4x4 squares, from the same images
-to batches of 250. Ours is FFCV's stream with one worker and gives uint8, which the step normalises; the others use
-PyTorch's DataLoader with two workers that stay, and give float tensors, as their users feed them.
+to batches of 250. Ours is the loader of a run, with one thread, and gives uint8, which the step normalises; the others
+use PyTorch's DataLoader with two workers that stay, and give float tensors, as their users feed them.
 """
 
 import statistics
@@ -22,7 +22,7 @@ from bench.test_pipeline import BATCH, IMAGES, MEAN, beton  # noqa: F401  (a fix
 from rsengine.augment.from_recipe import training_augmentations
 from rsengine.config import AugmentSection
 from rsengine.data.beton.reader import BetonReader
-from rsengine.input.stream import BetonLoader
+from rsengine.input.choose import choose_loader
 
 PLAIN = {"crop_padding": 4, "flip": True, "cutout_holes": 4, "cutout_size": 4}
 ROUNDS = 5
@@ -50,7 +50,7 @@ def to_tensor(image):
 
 def run_ours(path, **settings):
     augmentations = training_augmentations(AugmentSection(**{**PLAIN, **settings}), MEAN, 0)
-    loader = BetonLoader(path, BATCH, augmentations=augmentations, shuffle=True)
+    loader = choose_loader("auto").open(path, BATCH, augmentations=augmentations, shuffle=True)
     return lambda: sum(len(images) for images, _ in loader.epoch(0))
 
 
@@ -95,7 +95,7 @@ def baselines(path):
 @pytest.mark.slow
 def test_autoaugment_against_others(benchmark, beton):  # noqa: F811
     """Every pipeline once a round, in turn; the rows are medians over the rounds, the ratios of pairs in one round."""
-    runs = {"rsengine, FFCV": run_ours(beton, policy="autoaugment"), **baselines(beton)}
+    runs = {"rsengine": run_ours(beton, policy="autoaugment"), **baselines(beton)}
     rates = {name: [] for name in runs}
     for run in runs.values():
         run()  # workers start, numba loads
@@ -103,13 +103,13 @@ def test_autoaugment_against_others(benchmark, beton):  # noqa: F811
         for name, run in runs.items():
             start = time.perf_counter()
             rates[name].append(run() / (time.perf_counter() - start))
-    ours = rates["rsengine, FFCV"]
+    ours = rates["rsengine"]
     for name, values in rates.items():
         ratio = statistics.median(a / b for a, b in zip(ours, values, strict=True))
         benchmark.extra_info[name] = f"{statistics.median(values):,.0f} images/s, ours {ratio:.1f} times"
         print(f"{name}: {benchmark.extra_info[name]}")
     benchmark.extra_info["rounds"] = ROUNDS
-    benchmark.pedantic(runs["rsengine, FFCV"], rounds=ROUNDS)
+    benchmark.pedantic(runs["rsengine"], rounds=ROUNDS)
 
 
 @pytest.mark.parametrize(
@@ -129,10 +129,10 @@ import sys, time
 start = time.perf_counter()
 from rsengine.config import AugmentSection
 from rsengine.augment.from_recipe import training_augmentations
-from rsengine.input.stream import BetonLoader
+from rsengine.input.choose import choose_loader
 settings = {"policy": "autoaugment", "cutout_holes": 4, "cutout_size": 4}
 operations = training_augmentations(AugmentSection(**settings), (0.5, 0.5, 0.5), 0)
-next(BetonLoader(sys.argv[1], 250, augmentations=operations, shuffle=True).epoch(0))
+next(choose_loader('auto').open(sys.argv[1], 250, augmentations=operations, shuffle=True).epoch(0))
 print(time.perf_counter() - start)
 """
 

@@ -25,7 +25,7 @@ from rsengine.text import decode, parse_toml, shown
 
 PRECISIONS = ("auto", "bf16", "fp32")
 OPTIMIZERS = ("sgd", "muon")
-LOADERS = ("ffcv", "resident")
+LOADERS = ("auto", "ffcv", "stream", "resident")
 MOST_EPOCHS = 100_000
 
 
@@ -216,7 +216,12 @@ class TrainSection:
     full_scale_from: float = _number(0.6, 0.0, 1.0, help="fraction of the run after which images have their full size")
     label_smoothing: float = _number(0.1, 0.0, 1.0, help="label smoothing")
     seed: int = _number(0, 0, 2**31 - 1, integer=True, help="seed of weights, order, augmentation and dropout")
-    loader: str = _choice("ffcv", LOADERS, help="batches from FFCV, or gathered from the whole set on the device")
+    loader: str = _choice(
+        "auto",
+        LOADERS,
+        help="batches from FFCV, from rsengine's own stream, or from the whole set on the device; "
+        "auto: FFCV where it can be imported, else stream",
+    )
     convolutions: str = _choice(
         "auto", tuple(PRODUCTS), help="1x1 ones, and 3x3 ones of small maps, as matrix products; auto: on the CPU"
     )

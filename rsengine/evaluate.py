@@ -12,6 +12,7 @@ from rsengine.data.paths import convert_command
 from rsengine.device import choose_execution
 from rsengine.engine.evaluation import EvaluationStep
 from rsengine.errors import run_command
+from rsengine.input.choose import choose_loader
 from rsengine.model.preprocess import Preprocess
 from rsengine.run.weights import Weights, WeightsError, load_weights
 
@@ -30,8 +31,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from rsengine.input.stream import BetonLoader  # numba and FFCV, which read at their import where to keep code
-
     execution = choose_execution(arguments.device, arguments.precision)
     weights = load_weights(arguments.run)
     dataset = find_dataset(arguments.data)
@@ -40,7 +39,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             f"{arguments.run}: trained on other classes than {dataset.name} has; name its data with --data"
         )
     _refuse_other_size(dataset, weights)
-    loader = BetonLoader(dataset.test_beton, 500)
+    loader = choose_loader("auto").open(dataset.test_beton, 500)
     model = weights.model.to(execution.device, memory_format=torch.channels_last)
     preprocess = Preprocess(weights.mean, weights.std, execution.device)
     evaluation = EvaluationStep({"ema": model}, preprocess, execution, len(weights.classes))

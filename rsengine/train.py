@@ -129,7 +129,8 @@ def _run(arguments: argparse.Namespace, held: contextlib.ExitStack) -> int:
 def _announce(trainer: Trainer, dataset: Dataset, steps: str) -> None:
     recipe, execution = trainer.recipe, trainer.execution
     height, width = dataset.image_size
-    say(f"data: {dataset.name}, {dataset.train_count:,} train and {dataset.test_count:,} test images, {height}x{width}")
+    counts = f"{dataset.train_count:,} train and {dataset.test_count:,} test images"
+    say(f"data: {dataset.name}, {counts}, {height}x{width}; {trainer.batches.reason}")
     say(f"compute: {execution.reason}; channels_last; {execution.threads} threads; {steps}")
     if execution.device.type == "cpu":
         say(f"layers: {explain('batch_norm', 'cpu')}")

@@ -60,7 +60,7 @@ def test_settings_that_must_agree_come_in_any_order():
 def test_what_the_step_may_add_is_off_unless_asked():
     """Recipes and checkpoints written before these fields mean what they meant."""
     for recipe in (Recipe(), *map(load_recipe, recipe_names())):
-        assert (recipe.train.micro_batches, recipe.optimizer.clip_norm, recipe.train.loader) == (1, 0.0, "ffcv")
+        assert (recipe.train.micro_batches, recipe.optimizer.clip_norm, recipe.train.loader) == (1, 0.0, "auto")
         assert recipe.augment.mixup_alpha == recipe.augment.cutmix_alpha == 0.0
         assert recipe.train.frozen_parts == () and recipe.optimizer.body_rate == 1.0
 
@@ -103,7 +103,10 @@ def test_frozen_parts_are_those_of_the_network():
         ("train.freeze=fc", "train.freeze: expected some of .*; got 'fc'"),
         ('train.freeze=["stem"]', "train.freeze: expected text"),
         ("optimizer.body_rate=1.5", "optimizer.body_rate: expected a number from 0 to 1; got 1.5"),
-        ("train.loader=residnt", "train.loader: expected one of ffcv, resident; got 'residnt'; did you mean resident?"),
+        (
+            "train.loader=residnt",
+            "train.loader: expected one of auto, ffcv, stream, resident; got 'residnt'; did you mean resident?",
+        ),
     ],
 )
 def test_wrong_settings_are_named_with_what_is_allowed(setting, words):

@@ -497,7 +497,9 @@ def graphs_on_the_cpu(monkeypatch, eager_ops):
 
 
 @pytest.mark.parametrize(
-    ("loader", "scale"), [("ffcv", 1.0), ("resident", 1.0), ("ffcv", 0.5)], ids=["ffcv", "resident", "growing images"]
+    ("loader", "scale"),
+    [("auto", 1.0), ("resident", 1.0), ("auto", 0.5)],
+    ids=["streamed", "resident", "growing images"],
 )
 def test_a_captured_run_stopped_and_resumed_equals_a_plain_one_bit_for_bit(
     toy, monkeypatch, capsys, graphs_on_the_cpu, loader, scale
@@ -569,9 +571,9 @@ def test_images_grow_over_the_run(toy, monkeypatch):
 
 
 def test_a_resident_run_equals_a_streamed_one(toy):
-    assert toy("--epochs", "1", out="ffcv") == 0
+    assert toy("--epochs", "1", out="streamed") == 0
     assert toy("--epochs", "1", "--set", "train.loader=resident", out="resident") == 0
-    assert_same_tensors(state_of("ffcv")["step"], state_of("resident")["step"])
+    assert_same_tensors(state_of("streamed")["step"], state_of("resident")["step"])
 
 
 def test_a_resident_run_imports_ffcv_for_nothing_before_its_first_step():

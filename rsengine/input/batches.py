@@ -17,28 +17,33 @@ from rsengine.config import Recipe
 from rsengine.data import Dataset
 from rsengine.device import Execution
 from rsengine.engine.graph import static_batch
+from rsengine.input.choose import choose_loader
 from rsengine.input.resident import load_resident, read_images
 from rsengine.input.transfer import Batch, feeder_for
 
 
 class StreamedBatches:
-    """Batches from FFCV. On a GPU they pass through pinned memory and a copy stream.
+    """Batches from a loader. On a GPU they pass through pinned memory and a copy stream.
+
+    Attributes:
+        reason: which loader, and why.
 
     Raises:
         LoaderError: the images do not fill a batch.
-        SettingsError: the crop pads by more than the images allow.
+        SettingsError: the crop pads by more than the images allow, or FFCV is asked for and cannot be used.
     """
 
     resident = None  # the argument of TrainStep
 
     def __init__(self, recipe: Recipe, dataset: Dataset, execution: Execution) -> None:
-        # Imported here, because FFCV and numba take longer to import than a resident run takes to begin.
-        from rsengine.augment.from_recipe import training_augmentations
-        from rsengine.input.stream import BetonLoader
-
         train = recipe.train
+        loader = choose_loader(train.loader)
+        # Imported here, because numba takes longer to import than a resident run takes to begin.
+        from rsengine.augment.from_recipe import training_augmentations
+
+        self.reason = loader.reason
         check_crop(recipe.augment, dataset.image_size)
-        self._train = BetonLoader(
+        self._train = loader.open(
             dataset.train_beton,
             train.batch_size,
             augmentations=training_augmentations(recipe.augment, dataset.mean, train.seed),
@@ -46,7 +51,7 @@ class StreamedBatches:
             drop_last=True,
             seed=train.seed,
         )
-        self._test = BetonLoader(dataset.test_beton, train.eval_batch_size)
+        self._test = loader.open(dataset.test_beton, train.eval_batch_size)
         self.steps_per_epoch = len(self._train)
         if train.limit_train_batches:
             self.steps_per_epoch = min(self.steps_per_epoch, train.limit_train_batches)
@@ -70,7 +75,7 @@ class StreamedBatches:
 
 
 class ResidentBatches:
-    """Batches from both sets held on the device.
+    """Batches from both sets held on the device. The attributes are those of :class:`StreamedBatches`.
 
     Raises:
         ValueError: the sets do not fit there, or do not fill a batch; see :func:`load_resident`.
@@ -78,6 +83,7 @@ class ResidentBatches:
 
     def __init__(self, recipe: Recipe, dataset: Dataset, execution: Execution) -> None:
         self.resident = load_resident(dataset, recipe, execution)
+        self.reason = f"the whole set on {execution.device.type} (as asked)"
         self.steps_per_epoch = self.resident.steps_per_epoch
         self._test = [tensor.to(execution.device) for tensor in read_images(dataset.test_beton)]
         self._eval_batch_size = recipe.train.eval_batch_size

@@ -6,9 +6,10 @@
 
 ``resident(counter)`` is a tensor program with static shapes: the step counter, () int64 on the device, alone decides
 the batch, so that a resumed run goes on at the right one and a replayed graph needs nothing from the host. The batches
-are, byte for byte, those of :class:`rsengine.input.stream.BetonLoader` with the same recipe and seed: the order comes
-from a table made by the same generator, the augmentation from integer arithmetic alone. FFCV is not imported unless the
-images are stored as JPEG. ``read_images(path)`` gives a whole .beton file, such as the test set, the same way.
+are, byte for byte, those of :class:`rsengine.input.loader.BetonLoader` with the same recipe and seed: the order comes
+from a table made by the same generator, the augmentation from integer arithmetic alone. Neither FFCV nor numba is
+imported unless images are stored as JPEG. ``read_images(path)`` gives a whole .beton file, such as the test set, the
+same way.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from rsengine.data import Dataset
 from rsengine.data.beton.reader import MODE_RAW, BetonReader
 from rsengine.device import Execution
 from rsengine.errors import SettingsError, smaller_batch
+from rsengine.input.choose import choose_loader
+from rsengine.input.loader import epoch_order
 from rsengine.model.preprocess import Preprocess
 
 ORDER_LIMIT = 2**29  # bytes of the table of orders: 2,684 epochs of CIFAR's 50,000 images
@@ -130,11 +133,9 @@ def read_images(path: Path) -> tuple[Tensor, Tensor]:
     if (reader.modes == MODE_RAW).all():
         for i, image in enumerate(images):
             image[:] = reader.image(i)
-    else:  # decoders of JPEG differ by some grey levels; FFCV's own keeps the two loaders equal
-        from rsengine.input.stream import BetonLoader
-
+    else:  # FFCV and Pillow decode JPEG differently; the images are those that "auto" streams on this machine
         start = 0
-        for batch, _ in BetonLoader(path, min(len(reader), 1000)).epoch():
+        for batch, _ in choose_loader("auto").open(path, min(len(reader), 1000)).epoch():
             images[start : start + len(batch)] = batch.numpy()
             start += len(batch)
     return torch.from_numpy(images), torch.from_numpy(reader.labels)
@@ -143,7 +144,7 @@ def read_images(path: Path) -> tuple[Tensor, Tensor]:
 def step_orders(seed: int, count: int, batch_size: int, epochs: int, steps_per_epoch: int) -> np.ndarray:
     """The images of every step of a run: (epochs * steps_per_epoch, batch_size) int32, places in the data set.
 
-    Each epoch takes the beginning of a permutation drawn from ``seed`` and its number alone, as the FFCV stream does.
+    Each epoch takes the beginning of its permutation, as the loaders do.
 
     Raises:
         ValueError: see :func:`order_bytes`.
@@ -152,7 +153,7 @@ def step_orders(seed: int, count: int, batch_size: int, epochs: int, steps_per_e
     used = steps_per_epoch * batch_size
     orders = np.empty((epochs, used), np.int32)
     for epoch in range(epochs):
-        orders[epoch] = np.random.default_rng((seed, epoch)).permutation(count)[:used]
+        orders[epoch] = epoch_order(seed, epoch, count)[:used]
     return orders.reshape(-1, batch_size)
 
 
@@ -172,7 +173,7 @@ def order_bytes(count: int, batch_size: int, epochs: int, steps_per_epoch: int) 
         raise SettingsError(
             f"train.loader: 'resident' keeps the order of every epoch on the device, at most {ORDER_LIMIT:,} bytes; "
             f"{epochs} epochs of {steps_per_epoch * batch_size:,} images need {size:,}; "
-            "use fewer train.epochs or train.loader=ffcv"
+            "use fewer train.epochs or train.loader=auto"
         )
     return size
 
@@ -187,5 +188,5 @@ def check_fits(needed: int, free: int, device: torch.device) -> None:
     if needed > free:
         raise SettingsError(
             f"train.loader: 'resident' needs {needed / 1e9:.2f} GB on {device} for both sets and the orders, "
-            f"and {free / 1e9:.2f} GB are free; use train.loader=ffcv"
+            f"and {free / 1e9:.2f} GB are free; use train.loader=auto"
         )

@@ -1,4 +1,4 @@
-"""Resident data: the batches of the FFCV stream, byte for byte, from the step counter alone."""
+"""Resident data: the batches of the loaders, byte for byte, from the step counter alone."""
 
 import contextlib
 import os
@@ -19,8 +19,8 @@ from rsengine.data import convert
 from rsengine.data.beton.reader import BetonReader
 from rsengine.device import Execution
 from rsengine.input import resident as module
+from rsengine.input.choose import choose_loader
 from rsengine.input.resident import ResidentData, load_resident, read_images, step_orders
-from rsengine.input.stream import BetonLoader
 from rsengine.kernels import PolicyTables
 from rsengine.kernels.dispatch import assume_triton
 from rsengine.run.checkpoint import load_checkpoint
@@ -37,7 +37,7 @@ def recipe(seed=3, epochs=2, batch_size=16, limit=0, augment=AUGMENT):
 
 def streamed(dataset, recipe, epoch, start=0):
     train = recipe.train
-    loader = BetonLoader(
+    loader = choose_loader("auto").open(
         dataset.train_beton,
         train.batch_size,
         augmentations=training_augmentations(recipe.augment, dataset.mean, train.seed),
@@ -93,7 +93,7 @@ def test_with_a_limit_on_the_batches_an_epoch_is_the_beginning_of_its_order(toy_
     assert torch.equal(ours, images) and torch.equal(our_labels, labels)
 
 
-def test_jpeg_images_are_those_ffcv_decodes(tmp_path):
+def test_jpeg_images_are_those_of_the_loader(tmp_path):
     draw_classes(tmp_path / "source" / "train", 10, seed=0)
     draw_classes(tmp_path / "source" / "test", 3, seed=1)
     dataset = convert(tmp_path / "source", tmp_path / "out", image_format="jpg", progress=False, log=lambda line: None)
@@ -216,8 +216,8 @@ def assert_same_weights(one, other):
     assert torch.equal(one["counter"], other["counter"])
 
 
-def test_a_run_equals_one_with_the_ffcv_loader_and_can_stop_in_the_middle_of_an_epoch(command, monkeypatch):
-    status, streamed = command("ffcv")
+def test_a_run_equals_a_streamed_one_and_can_stop_in_the_middle_of_an_epoch(command, monkeypatch):
+    status, streamed = command("streamed")
     assert status == 0
     resident = ["--set", "train.loader=resident"]
     status, whole = command("whole", *resident)
@@ -251,7 +251,7 @@ def test_a_set_that_does_not_fit_is_refused_before_it_is_read(toy_dataset, monke
     needed = (150 + 21) * (32 * 32 * 3 + 8) + 4 * 2 * 144  # both sets, and the orders of the epochs
     monkeypatch.setattr(module, "free_memory", lambda device: needed - 1)
     with pytest.raises(
-        ValueError, match=r"train\.loader: 'resident' needs .* on cpu .* are free; use train\.loader=ffcv"
+        ValueError, match=r"train\.loader: 'resident' needs .* on cpu .* are free; use train\.loader=auto"
     ):
         load_resident(toy_dataset, recipe(), CPU)
     monkeypatch.setattr(module, "free_memory", lambda device: needed)

@@ -131,10 +131,10 @@ def feeder(setup: Setup) -> dict[str, Any]:
     """The digits through FFCV and pinned memory."""
     if importlib.util.find_spec("ffcv") is None:
         return {"left_out": "FFCV is not installed"}
-    from rsengine.input.stream import BetonLoader
+    from rsengine.input.ffcv_loader import FfcvLoader
 
     dataset = find_dataset("digits", log=setup.log)
-    loader = BetonLoader(dataset.train_beton, 100)
+    loader = FfcvLoader(dataset.train_beton, 100)
     feeder = setup.device.feeder(100)
     batches, sums = loader.epoch(0), []
     for images, labels in feeder.feed(batches) if feeder is not None else batches:

@@ -77,7 +77,7 @@ class Way:
 
     def prepare(self, recipe: Recipe, device: Device) -> Callable[[], None]:
         """A callable that does one step on a batch already on the device, after three calls to warm up."""
-        loader, convolutions = "resident" if self.resident else "ffcv", "products" if self.products else "auto"
+        loader, convolutions = "resident" if self.resident else "auto", "products" if self.products else "auto"
         recipe = recipe.with_settings([f"train.loader={loader}", f"train.convolutions={convolutions}"])
         step = make_step(recipe, device, bf16=True)
         if self.compile:
