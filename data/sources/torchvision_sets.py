@@ -63,7 +63,6 @@ class PixelSplit:
         labels: (N,) int64.
         source: for messages.
         size: resize and crop to this side when not None.
-        first: number of the first sample, for messages.
     """
 
     blobs: list[Blob]
@@ -71,29 +70,18 @@ class PixelSplit:
     labels: np.ndarray
     source: str
     size: int | None = None
-    first: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        return f"{self.source}, image {self.first + index}"
+        return f"{self.source}, image {index}"
 
     def load(self, index: int) -> tuple[np.ndarray, bytes]:
         pixels = np.frombuffer(self.blobs[index].read(), np.uint8).reshape(self.shapes[index])
         if pixels.ndim == 2:
             pixels = np.repeat(pixels[..., None], 3, axis=2)
         return (pixels if self.size is None else resize_and_crop(pixels, self.size)), b""
-
-    def part(self, start: int, stop: int) -> PixelSplit:
-        inside = slice(start, stop)
-        return replace(
-            self,
-            blobs=self.blobs[inside],
-            shapes=self.shapes[inside],
-            labels=self.labels[inside],
-            first=self.first + start,
-        )
 
     def resized(self, size: int) -> PixelSplit:
         return replace(self, size=size)

@@ -142,13 +142,13 @@ def test_a_command_refuses_a_damaged_beton_in_one_line_with_either_loader(restor
 @pytest.mark.parametrize("damage", ["huge table", "pointer beyond the file", "huge length", "other shape"])
 def test_each_loader_checks_the_file_itself(restored, damage):
     from rsengine.input.resident import read_images
-    from rsengine.input.stream import BetonLoader
+    from rsengine.input.stream import StreamLoader
 
     folder, files = restored
     beton = Beton(files["train.beton"])
     DAMAGE[damage][0](beton)
     (folder / "train.beton").write_bytes(beton.bytes)
-    for use in (lambda path: BetonLoader(path, 2), read_images):
+    for use in (lambda path: StreamLoader(path, 2), read_images):
         with pytest.raises(DataError, match=DAMAGE[damage][1]):
             use(folder / "train.beton")
 
