@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rsengine.checks.gpu.device import Setup
-from rsengine.data.beton.processes import follow_parent
+from rsengine.checks.gpu.parent import die_with
 from rsengine.processor import usable_cpus
 from rsengine.temporaries import temporary_folder
 
@@ -73,7 +72,7 @@ def kernel_tests(tests: Path, seconds: float, processes: int | None = None) -> d
 
 def die_with_this_process() -> Callable[[], None]:
     """For ``preexec_fn``: a ``kill -9`` of this process must leave nothing running on the GPU."""
-    return functools.partial(follow_parent, os.getpid(), signal.SIGKILL)
+    return functools.partial(die_with, os.getpid())
 
 
 def last_words(text: str) -> str:

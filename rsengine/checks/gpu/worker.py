@@ -11,14 +11,13 @@ import gc
 import importlib
 import json
 import os
-import signal
 import sys
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-from rsengine.data.beton.processes import follow_parent
+from rsengine.checks.gpu.parent import die_with
 from rsengine.run.files import write_atomically
 
 BROKEN_DEVICE = 75  # exit status: the device no longer responds in this process; the remaining rows need another
@@ -33,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, required=True, help="until this process is ended")
     arguments = parser.parse_args(argv)
-    follow_parent(os.getppid(), signal.SIGKILL)
+    die_with(os.getppid())
 
     from rsengine.checks.gpu.device import setup_for
 
