@@ -8,16 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import needs_ffcv
-
 ROOT = Path(__file__).parent.parent
 HIDE = r"""
 import sys
-sys.modules["triton"] = None  # it has no packages for these systems, and FFCV neither
-if not FFCV:
-    sys.modules["ffcv"] = None
-else:
-    import ffcv, ffcv.fields.decoders, ffcv.loader, ffcv.transforms
+sys.modules["triton"] = sys.modules["ffcv"] = None  # they have no packages for these systems
 import concurrent.futures.process, ctypes, importlib, multiprocessing.resource_tracker, os, pkgutil, signal
 import matplotlib.figure, numba, PIL.Image, psutil, pyarrow, safetensors.torch, sklearn.datasets, torch._inductor.config
 import torchvision, tqdm
@@ -47,9 +41,9 @@ ctypes.CDLL = library
 """
 
 
-def python(code: str, folder: Path, *arguments: object, ffcv: bool = False) -> list[str]:
+def python(code: str, folder: Path, *arguments: object) -> list[str]:
     """The lines that ``code`` prints in ``folder``, where ``sys.argv[1:]`` are ``arguments``."""
-    start = f"FFCV = {ffcv}\n{HIDE}\nsys.path.insert(0, {str(ROOT)!r})\n"
+    start = f"{HIDE}\nsys.path.insert(0, {str(ROOT)!r})\n"
     command = [sys.executable, "-c", start + code, *map(str, arguments)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -115,7 +109,6 @@ assert predict.main(["run", picture]) == 0
         tmp_path,
         toy_dataset.folder,
         next((toy_dataset.folder.parent / "source" / "test").rglob("*.png")),
-        ffcv=not needs_ffcv.args[0],
     )
     assert any(line.startswith("run: no lock on") for line in lines)
     assert lines[-2].startswith("source: accuracy") and lines[-1].endswith("%")
