@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rsengine import evaluate as evaluate_module
 from rsengine import train as train_module
@@ -112,6 +113,20 @@ def test_the_origin_is_recorded(tune, base):
     assert "--recipe recipe.toml --init WEIGHTS --data" in report
     assert load_checkpoint(base / "checkpoint.pt")["origin"] is None
     assert "--init" not in (base / "report.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["run", "timm"])
+def test_weights_in_a_folder_whose_name_is_no_text(tune, base, tmp_path, kind):
+    folder = tmp_path / os.fsdecode(b"l\xe4ufe")
+    folder.mkdir()
+    if kind == "run":
+        shutil.copy(base / "weights.safetensors", folder)
+    else:
+        save_file(load_weights(base).model.state_dict(), folder / "model.safetensors")
+    assert tune("--epochs=1", "--set=model.stem_stride=2", init=folder) == 0
+    for text in (Path("tuned/report.md").read_text(), Path("tuned/metrics.jsonl").read_text().replace("\\\\", "\\")):
+        assert f"{tmp_path}/l\\xe4ufe/" in text
+    assert tune("--resume", "--epochs=1", init=None) == 0
 
 
 @pytest.mark.parametrize("settings", STEPS.values(), ids=STEPS)

@@ -17,7 +17,7 @@ from torch import Tensor
 from rsengine.config import ModelSection
 from rsengine.data.errors import UserError
 from rsengine.model import DEPTHS, from_timm
-from rsengine.run.files import WEIGHTS_FILE
+from rsengine.run.files import WEIGHTS_FILE, utf8_path
 
 TIMM_FILES = ("model.safetensors", "pytorch_model.bin")  # as timm and the Hub name them in a folder
 TIMM_CONFIG = "config.json"
@@ -50,7 +50,7 @@ def read_content(path: Path) -> tuple[Any, str]:
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             format = str((file.metadata() or {}).get("format", ""))
             return {name: file.get_tensor(name) for name in file.keys()}, format  # noqa: SIM118 (not a dict)
     if zipfile.is_zipfile(path):

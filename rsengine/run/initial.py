@@ -8,6 +8,7 @@ answers for the same classes.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -63,7 +64,8 @@ class Initial:
     def origin(self) -> dict[str, Any]:
         """What a run records of them, in plain values. :func:`origin_of` reads it back."""
         mean, std = (None if values is None else list(values) for values in (self.mean, self.std))
-        return {"path": str(self.path), "sha256": self.sha256, "mean": mean, "std": std}
+        path = os.fsencode(self.path).decode(errors="backslashreplace")  # the log and the report are UTF-8
+        return {"path": path, "sha256": self.sha256, "mean": mean, "std": std}
 
     def check_architecture(self, model: ModelSection) -> None:
         """Raise :class:`InitialError` where ``model`` is another network than a run's own, strides included."""
