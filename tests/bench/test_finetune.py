@@ -5,6 +5,7 @@ import pytest
 from bench import finetune
 from rsengine import train
 from rsengine.config import load_recipe
+from rsengine.data.convert import _parser
 from rsengine.run.log import RunLog
 
 START = {"kind": "start", "step": 0, "time_to_first_step": 1.0, "resumed": False, "precision": "bf16", "threads": 2}
@@ -81,4 +82,5 @@ def test_the_conversions(tmp_path, seed):
         *("cifar.tar.gz", "--classes", "airplane,bird,deer,frog,ship"),
         *("--out", str(tmp_path / "data-learned"), "--quiet"),
     ]
+    assert _parser().parse_args(new[2:]).subset == 2500 and _parser().parse_args(learned[2:]).quiet
     assert new[3:-3] == ["--classes", "automobile,cat,dog,horse,truck", "--subset", "2500", "--seed", str(seed)]
