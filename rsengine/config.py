@@ -17,11 +17,12 @@ from typing import Any
 
 from rsengine.augment.fills import FILLS
 from rsengine.augment.policies import CROP_MODES, INTERPOLATIONS, POLICIES, policy_of
+from rsengine.checked import shown
 from rsengine.data.errors import UserError
 from rsengine.model import DEPTHS, DROP_PATH_RULES, body_parts
 from rsengine.model.layers import PRODUCTS
 from rsengine.schedule import SCHEDULES
-from rsengine.text import decode, parse_toml, shown
+from rsengine.text import decode, parse_toml
 
 PRECISIONS = ("auto", "bf16", "fp32")
 OPTIMIZERS = ("sgd", "muon")

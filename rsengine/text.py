@@ -1,4 +1,4 @@
-"""Text as users write it: any encoding that says what it is, TOML that may be anything, values to show in one line."""
+"""Text as users write it: any encoding that says what it is, and TOML that may be anything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_LONGEST = 200  # characters of a value in an error line
 
 
 def decode(data: bytes) -> str:
@@ -39,12 +38,3 @@ def parse_toml(text: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
-
-
-def shown(value: Any) -> str:
-    """``value`` in an error line, which it must not fill."""
-    try:
-        words = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits
-        words = f"a value of type {type(value).__name__} too long to show"
-    return words if len(words) <= _LONGEST else words[:_LONGEST] + "…"
