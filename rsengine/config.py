@@ -28,6 +28,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 OPTIMIZERS = ("sgd", "muon")
 LOADERS = ("auto", "ffcv", "stream", "resident")
 MOST_EPOCHS = 100_000
+MOST_BLOCKS, MOST_WEIGHTS = 1000, 10**9  # seven and five times those of the largest ResNet-RS
 
 
 class RecipeError(UserError, ValueError):
@@ -256,6 +257,11 @@ class Recipe:
             _checked(key, spec, value)
         if not self.model.blocks and self.model.depth not in DEPTHS:
             raise RecipeError(f"model.depth: expected one of {', '.join(map(str, DEPTHS))}; got {self.model.depth}")
+        if len(_widths(self.model)) > MOST_BLOCKS or _weights(self.model) > MOST_WEIGHTS:
+            raise RecipeError(
+                f"model: expected at most {MOST_BLOCKS:,} blocks and {MOST_WEIGHTS:,} weights; got "
+                f"{len(_widths(self.model)):,} blocks and about {_weights(self.model):.3g} weights"
+            )
         if self.augment.alternating_flip and not self.augment.flip:
             raise RecipeError("augment.alternating_flip: needs augment.flip=true; got false")
         try:
@@ -332,10 +338,14 @@ def load_recipe(name_or_path: str) -> Recipe:
     """A shipped recipe by name, or any other by the path of its TOML file. Raises :class:`RecipeError`."""
     if name_or_path.lower().endswith(".toml"):
         path = Path(name_or_path)
-        if not path.is_file():
-            raise RecipeError(f"--recipe {name_or_path}: no such file")
         try:
+            if not path.is_file():
+                raise RecipeError(f"--recipe {name_or_path}: no such file")
             text = decode(path.read_bytes())
+        except OSError as error:
+            raise RecipeError(f"{name_or_path}: cannot be read ({error.strerror}); check its permissions") from error
+        except RecipeError:
+            raise
         except ValueError as error:
             raise RecipeError(f"{name_or_path}: {error}; save the file as UTF-8") from error
         return Recipe.from_toml(text, name_or_path)
@@ -365,6 +375,18 @@ def _leaves(section: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
     return found
 
 
+def _widths(model: ModelSection) -> list[float]:
+    """The width of each block, as :class:`rsengine.model.ResNetRS` has them."""
+    counts = enumerate(model.blocks or DEPTHS[model.depth])
+    return [64 * 2.0**stage * model.width_multiplier for stage, count in counts for _ in range(count)]
+
+
+def _weights(model: ModelSection) -> float:
+    """About how many weights the network has: those of the blocks, with four times their width at either end, and of
+    the stem."""
+    return sum((17 + 32 * model.se_ratio) * width**2 for width in _widths(model)) + 30 * model.stem_width**2
+
+
 def _shipped() -> Traversable:
     return resources.files("rsengine") / "recipes"
 
@@ -376,7 +398,7 @@ def _read(text: str, origin: str, extended_by: tuple[str, ...]) -> Recipe:
     except ValueError as error:
         raise RecipeError(f"{origin}: not valid TOML: {error}") from error
     if "extends" not in values:
-        return Recipe().with_values(values)
+        return _applied(Recipe(), values, origin)
     name, chain, names = values.pop("extends"), (*extended_by, origin), recipe_names()
     if name not in names:
         expected = f"extends: expected one of {', '.join(names)}"
@@ -385,7 +407,14 @@ def _read(text: str, origin: str, extended_by: tuple[str, ...]) -> Recipe:
         raise RecipeError(f"{origin}: extends: expected no cycle; got {' -> '.join((*chain, name))}")
     base = _read((_shipped() / f"{name}.toml").read_text("utf-8"), name, chain)
     # A name and a comment belong to one file: those of the base describe another recipe.
-    return replace(base, name=Recipe.name, comment=Recipe.comment).with_values(values)
+    return _applied(replace(base, name=Recipe.name, comment=Recipe.comment), values, origin)
+
+
+def _applied(recipe: Recipe, values: Mapping[str, Any], origin: str) -> Recipe:
+    try:
+        return recipe.with_values(values)
+    except RecipeError as error:
+        raise RecipeError(f"{origin}: {error}") from error
 
 
 def _replaced(section: Any, values: Mapping[str, Any], prefix: str) -> Any:
@@ -422,7 +451,7 @@ def _checked(key: str, spec: Any, value: Any) -> Any:
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:
-    known = list(known)
+    known, key = list(known), key[:200]
     near = _nearest(key, known)
     if not near:  # the right name in the wrong section
         near = _nearest(key, [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]], cutoff=0.0)

@@ -2,10 +2,11 @@
 
 import re
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
-from rsengine.config import Recipe, RecipeError, _leaves, describe, load_recipe, recipe_names
+from rsengine.config import Recipe, RecipeError, _leaves, _weights, describe, load_recipe, recipe_names
 from rsengine.engine.build import build_model
 from rsengine.model import resnet_rs
 from rsengine.schedule import learning_rate_table
@@ -157,6 +158,60 @@ def test_what_is_beyond_reason_is_refused_in_a_line(setting, words):
     with pytest.raises(RecipeError, match=words) as caught:
         Recipe().with_settings([setting])
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("model.blocks=[1000, 1]", "at most 1,000 blocks .*; got 1,001 blocks"),
+        ("model.blocks=[1, 1, 1, 1, 1, 1, 1, 1, 1]", "at most .* 1,000,000,000 weights; got 9 blocks and about"),
+        (f"model.blocks=[{'1, ' * 99}1]", "at most .* 1,000,000,000 weights; got 100 blocks and about"),
+        ("model.width_multiplier=16", "at most .* 1,000,000,000 weights; got 16 blocks and about"),
+    ],
+)
+def test_a_network_beyond_any_machine_is_refused_before_it_is_built(setting, words):
+    with pytest.raises(RecipeError, match=f"model: expected {words}") as caught:
+        Recipe().with_settings([setting])
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("depth", [26, 101])
+def test_the_weights_are_counted_well_enough(depth):
+    for settings in ([], ["model.stem_width=128", "model.width_multiplier=0.5"]):
+        recipe = Recipe().with_settings([f"model.depth={depth}", *settings])
+        actual = sum(p.numel() for p in build_model(recipe, 10).parameters())
+        assert actual / 1.5 < _weights(recipe.model) < actual * 1.5
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[train]\nepochs = []", r"train.epochs: expected an integer >= 1; got \[\]"),
+        ("[train]\nepochs = inf", "train.epochs: expected an integer >= 1; got inf"),
+        ("[model]\ndepth = 51", "model.depth: expected one of 26, 50"),
+        ("train = 3", r"train: expected a section \[train\]; got 3"),
+        (f"{'x' * 100_000} = 3", "x{200}: no such key"),
+        ("extends = 'paper'\n[train]\nepochs = '1'", "train.epochs: expected an integer >= 1; got '1'"),
+    ],
+)
+def test_an_error_names_the_file_and_the_field(tmp_path, text, words):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=f"mine.toml: {words}") as caught:
+        load_recipe(str(path))
+    assert str(caught.value).startswith(f"{path}: ") and len(str(caught.value)) < 2000
+
+
+def test_a_recipe_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    path = tmp_path / "mine.toml"
+    path.write_text("")
+
+    def refuse(_path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(RecipeError, match=r"mine.toml: cannot be read \(Permission denied\); check its permissions"):
+        load_recipe(str(path))
 
 
 TEXT = '# é\nname = "ü"\n[train]\nepochs = 3\n'
