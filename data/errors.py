@@ -17,12 +17,18 @@ class UserError(Exception):
     status = 2
 
 
+def one_line(message: object) -> str:
+    """``message`` without line breaks, and with everything else that a terminal would obey or lacks written out."""
+    words = " ".join(str(message).splitlines()).strip()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+
+
 class DataError(UserError):
     """Something is wrong with the data the user gave, or with where it should go: the line names the file."""
 
     def __init__(self, message: str) -> None:
         # Messages of other libraries end up in ours and may hold line breaks; file names may hold them too.
-        super().__init__(" ".join(str(message).splitlines()).strip())
+        super().__init__(one_line(message))
 
 
 def few(names: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from rsengine.cache import keep_compiled_code
-from rsengine.data.errors import UserError
+from rsengine.data.errors import UserError, one_line
 from rsengine.output import escaped, patient_output
 
 
@@ -36,7 +36,7 @@ def run_command(run: Callable[[], int]) -> int:
             keep_compiled_code()
             return run()
         except (UserError, OSError) as error:
-            print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+            print(f"error: {one_line(error) or type(error).__name__}", file=sys.stderr)
             return getattr(error, "status", UserError.status)
         except UnicodeEncodeError as error:
             if error.encoding == "utf-8":
@@ -48,6 +48,20 @@ def run_command(run: Callable[[], int]) -> int:
                 file=sys.stderr,
             )
             return UserError.status
+        except (MemoryError, RuntimeError) as error:
+            if not _is_want_of_memory(error):
+                raise
+            remedy = "a smaller batch or network, or a machine with more of it, may do"
+            print(
+                f"error: not enough memory ({one_line(error)[:200] or type(error).__name__}); {remedy}", file=sys.stderr
+            )
+            return UserError.status
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
+
+
+def _is_want_of_memory(error: Exception) -> bool:
+    """Whether Python, or PyTorch's allocator on the CPU or on a GPU, found no memory."""
+    words = str(error)
+    return isinstance(error, MemoryError) or "can't allocate memory" in words or "out of memory" in words
