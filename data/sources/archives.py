@@ -8,6 +8,7 @@ to escape to; it is refused all the same, as are links and devices, because such
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import hashlib
 import lzma
@@ -15,7 +16,6 @@ import re
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -38,7 +38,6 @@ _NOT_UNPACKED = {
     tarfile.FIFOTYPE: f"a named pipe, {_LEAVE_OUT}",
 }
 _OTHER = "of a kind that is not unpacked, such as a sparse file; pack the folder without tar --sparse"
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, gzip.BadGzipFile)
 
 
 class Blob(NamedTuple):
@@ -117,16 +116,17 @@ def unpack(path: Path, spool: Spool) -> tuple[dict[str, Blob], set[str]]:
         if start.startswith(b"PK"):
             return _unpack_zip(path, spool, limit)
         return _unpack_tar(path, spool, limit, start)
-    except DAMAGED as error:
-        raise _damaged(path, error) from error
-    except OSError as error:
-        if error.errno is not None:  # the disk is full, say
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # forged headers make these modules raise almost anything, also an OSError
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk is full, say
             raise
-        raise _damaged(path, error) from error  # the bz2 module's way of reporting damage
+        raise _damaged(path, error) from error
 
 
 def _damaged(path: Path, error: BaseException) -> DataError:
-    return DataError(f"{path}: truncated or damaged archive ({error}); download or copy it again")
+    reason = str(error)[:200] or type(error).__name__
+    return DataError(f"{path}: truncated or damaged archive ({reason}); download or copy it again")
 
 
 class _Bounded:
@@ -164,7 +164,7 @@ def _unpack_tar(path: Path, spool: Spool, limit: int, start: bytes) -> tuple[dic
                     if content is None:
                         raise _damaged(path, ValueError(f"{member.name} has no content"))
                     # A name that comes twice means the later one, as in tar itself.
-                    files[name] = _append(path, spool, content, member.name, member.size)
+                    files[name] = _append(path, spool, content, member.name, member.size, limit)
                 else:
                     raise DataError(f"{path}: {member.name} is {_NOT_UNPACKED.get(member.type, _OTHER)}")
             end = tar.offset
@@ -188,6 +188,8 @@ def _unpack_zip(path: Path, spool: Spool, limit: int) -> tuple[dict[str, Blob], 
             name = _safe_name(path, member.filename)
             kind = stat.S_IFMT(member.external_attr >> 16)
             if member.is_dir():
+                if member.file_size:  # a file whose name was cut at a slash
+                    raise _damaged(path, ValueError(f"{member.filename} is a folder with content"))
                 folders.add(name)
                 continue
             if kind not in (0, stat.S_IFREG):
@@ -199,11 +201,15 @@ def _unpack_zip(path: Path, spool: Spool, limit: int) -> tuple[dict[str, Blob], 
             except NotImplementedError as error:
                 raise DataError(f"{path}: {member.filename}: {error}; pack it with deflate") from error
             with content:
-                files[name] = _append(path, spool, content, member.filename, member.file_size)
+                files[name] = _append(path, spool, content, member.filename, member.file_size, limit)
     return files, folders
 
 
-def _append(path: Path, spool: Spool, content: IO[bytes], name: str, size: int) -> Blob:
+def _append(path: Path, spool: Spool, content: IO[bytes], name: str, size: int, limit: int) -> Blob:
+    if size > limit:  # before memory is asked for it
+        raise _too_large(path, limit)
+    if size < 0:
+        raise _damaged(path, ValueError(f"{name} of {size} bytes"))
     data = content.read(size)
     if len(data) != size or content.read(1):  # the second read makes zipfile verify the checksum
         raise _damaged(path, EOFError(f"{name} has not the {size} bytes it should have"))

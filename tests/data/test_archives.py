@@ -109,3 +109,67 @@ def test_spool_returns_what_was_put_in(tmp_path):
     with Spool(tmp_path / "spool") as spool:
         files, _ = unpack(tmp_path / "a.tar", spool)
     assert {name: blob.read() for name, blob in files.items()} == {"d/a": b"later wins", "d/b": b""}
+
+
+def patched_tar(path: Path, field: slice, value: bytes, kind: bytes = tarfile.REGTYPE, count: int = 1) -> Path:
+    """A tar whose first header, ``count`` times, has ``value`` in ``field`` and a right sum."""
+    info = tarfile.TarInfo("train/cat/1.png")
+    info.type = kind
+    header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    header[field] = value
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(bytes(header) * count + bytes(10240))
+    return path
+
+
+SIZE = slice(124, 136)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"\x80" + (2**50).to_bytes(11, "big"),
+        b"\x80" + b"\xff" * 11,
+        b"\xff" * 12,  # -1
+        b"\xff" * 10 + b"\0\0",
+        b"00000100000\0",  # more than there is
+    ],
+    ids=["2**50", "2**88", "-1", "-65536", "32768"],
+)
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME], ids=str)
+def test_sizes_in_a_tar_that_cannot_be(tmp_path, value, kind):
+    path = patched_tar(tmp_path / "size.tar", SIZE, value, kind)
+    with pytest.raises(DataError, match="size.tar: .*(unpacks to more than|damaged archive|no files)") as caught:
+        convert(path, tmp_path / "out")
+    assert "\n" not in str(caught.value) and [entry.name for entry in tmp_path.iterdir()] == ["size.tar"]
+
+
+def test_thousands_of_extensions_before_a_member(tmp_path):
+    path = patched_tar(tmp_path / "deep.tar", SIZE, b"00000000000\0", tarfile.XHDTYPE, count=5000)
+    with pytest.raises(DataError, match="deep.tar: truncated or damaged archive"):
+        convert(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("record", "offset", "value", "words"),
+    [
+        (b"PK\x01\x02", 24, b"\xff\xff\xff\xfe", "unpacks to more than"),  # the size
+        (b"PK\x01\x02", 28, b"\x06\0\0\0\x09\0", "train/ is a folder with content"),  # where the name ends
+        (b"PK\x01\x02", 10, b"\x7f\0", "pack it with deflate"),
+        (b"PK\x01\x02", 42, b"\xff\xff\xff\x7f", "damaged"),  # where the member lies
+        (b"PK\x05\x06", 12, b"\xff\xff\xff\x7f", "damaged"),  # the size of the directory
+        (b"PK\x05\x06", 16, b"\xff\xff\xff\x7f", "damaged"),  # where the directory lies
+    ],
+)
+def test_numbers_in_a_zip_that_cannot_be(tmp_path, record, offset, value, words):
+    path = tmp_path / "numbers.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("train/cat/1.png", b"x")
+    data = bytearray(path.read_bytes())
+    at = data.index(record) + offset
+    data[at : at + len(value)] = value
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=f"numbers.zip: .*{words}") as caught:
+        convert(path, tmp_path / "out")
+    assert "\n" not in str(caught.value)
