@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 from rsengine.data.errors import DataError
 from rsengine.data.sources.archives import Blob
@@ -20,7 +20,17 @@ from rsengine.data.sources.archives import Blob
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 LARGEST_SIDE = 65535  # .beton files keep sides in 16 bits
-ORIENTATION = 0x0112  # the EXIF tag
+LARGEST_AREA = 2**30 // 12  # pixels, about where Pillow begins to warn of an attack
+ORIENTATION = 0x0112  # the EXIF tag, and what undoes each of its values
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8\xff"
 # In the coded pixels of a JPEG, FF 00 stands for the byte FF, and FF D0 … D7 are marks to resume at.
@@ -53,26 +63,29 @@ def decode_rgb(data: bytes, name: str) -> np.ndarray:
         raise DataError(f"{name}: empty file, not an image; {REMEDY}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # of tags that Pillow passes over, and of sizes that are refused here
             if data.startswith(PNG_SIGNATURE):
                 with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
                     picture.verify()  # checks the checksum of every chunk, which loading does not; for one use only
             with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+                if max(picture.size) > LARGEST_SIDE or picture.width * picture.height > LARGEST_AREA:
+                    raise DataError(
+                        f"{name}: {picture.width}×{picture.height} pixels is too large; scale it down or remove it"
+                    )
                 if data.startswith(JPEG_SIGNATURE) and not _has_jpeg_end(data):
                     # Cut short, even where all pixels seem to be there.
                     raise DataError(f"{name}: truncated JPEG; {REMEDY}")
                 picture.load()
-                pixels = _to_rgb(picture, name)
+                return _to_rgb(picture, name)
+    except DataError:
+        raise
     except Image.UnidentifiedImageError as error:
         raise DataError(f"{name}: not an image this program reads ({', '.join(FORMATS)}); {REMEDY}") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{name}: {error}; scale it down or remove it") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, OverflowError) as error:
-        # Pillow's decoders raise all of these on damaged files; SyntaxError is how its PNG reader says "broken".
-        raise DataError(f"{name}: damaged image ({error}); {REMEDY}") from error
-    if max(pixels.shape[:2]) > LARGEST_SIDE:
-        raise DataError(f"{name}: {pixels.shape[1]}×{pixels.shape[0]} pixels is too large; scale it down or remove it")
-    return pixels
+    except (Image.DecompressionBombError, MemoryError) as error:
+        raise DataError(f"{name}: {str(error) or 'more than memory holds'}; scale it down or remove it") from error
+    except Exception as error:  # damaged files make Pillow's decoders raise almost anything
+        reason = str(error)[:200] or type(error).__name__
+        raise DataError(f"{name}: damaged image ({reason}); {REMEDY}") from error
 
 
 def _has_jpeg_end(data: bytes) -> bool:
@@ -91,8 +104,9 @@ def _has_jpeg_end(data: bytes) -> bool:
 
 def _to_rgb(picture: Image.Image, name: str) -> np.ndarray:
     # Before the conversion below, which would drop the EXIF block.
-    if picture.getexif().get(ORIENTATION, 1) != 1:
-        picture = ImageOps.exif_transpose(picture)
+    turn = picture.getexif().get(ORIENTATION)
+    if isinstance(turn, int) and turn in UPRIGHT:
+        picture = picture.transpose(UPRIGHT[turn])
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", None)):
         # 16-bit grey; Pillow's own conversion would clip it at 255.
         grey = np.asarray(picture).astype(np.uint32) // 257

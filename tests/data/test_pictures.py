@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import warnings
 import zlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from rsengine.data import DataError, convert, load_dataset
 from rsengine.data.errors import NAMED, few
@@ -120,3 +122,60 @@ def test_a_channel_without_spread_counts_as_one_and_is_said(tmp_path):
     content["std"][1] = 0.0
     path.write_text(json.dumps(content))
     assert load_dataset(dataset.folder) == replace(dataset, std=dataset.std)
+
+
+def with_exif(picture: bytes, *entries: tuple[int, int, int, bytes]) -> bytes:
+    """A JPEG with these entries in its EXIF block: tag, type, count and value."""
+    directory = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    segment = b"Exif\0\0II" + struct.pack("<HIH", 42, 8, len(entries)) + directory + bytes(4)
+    return picture[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + picture[2:]
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_turned_picture_is_put_upright_as_pillow_does(orientation):
+    data = with_exif(jpeg(pixels(1, 2, 8, 16)[0]), (0x0112, 3, 1, struct.pack("<I", orientation)))
+    with Image.open(io.BytesIO(data)) as picture:
+        expected = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    np.testing.assert_array_equal(decode_rgb(data, "turned.jpg"), expected)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 1000, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("kind", range(0, 20))
+def test_exif_of_any_type_and_count_leaves_the_picture_as_it_is(kind, count, recwarn):
+    whole = jpeg(pixels(1, 2, 8, 16)[0])
+    turned = (0x0112, 3, 1, b"\6\0\0\0")
+    for tag in (0x0112, 0x010F, 0x8769, 0x8825, 0x927C, 0x014A):
+        odd = (tag, kind, count, b"\0\1\2\3")
+        np.testing.assert_array_equal(decode_rgb(with_exif(whole, odd), "odd.jpg"), decode_rgb(whole, "whole"))
+        if tag != 0x0112:  # what else is in the block does not keep it from being turned
+            assert decode_rgb(with_exif(whole, turned, odd), "odd.jpg").shape == (16, 8, 3)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("error", [struct.error("x"), ZeroDivisionError(), RecursionError("deep"), zlib.error("x")])
+def test_whatever_a_decoder_raises_is_damage(monkeypatch, error):
+    def fail(*_arguments):
+        raise error
+
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    with pytest.raises(DataError, match="a.jpg: damaged image .*repair or remove it"):
+        decode_rgb(jpeg(pixels(1, 2)[0]), "a.jpg")
+
+
+def test_a_picture_larger_than_memory_is_one_line(monkeypatch):
+    def fail(*_arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    with pytest.raises(DataError, match="a.jpg: more than memory holds; scale it down or remove it"):
+        decode_rgb(jpeg(pixels(1, 2)[0]), "a.jpg")
+
+
+def test_the_limit_of_size_does_not_depend_on_filters_of_warnings():
+    """Threads put the filters of warnings back in any order."""
+    buffer = io.BytesIO()
+    Image.new("1", (12_000, 12_000)).save(buffer, "PNG")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DataError, match="bomb.png: 12000×12000 pixels is too large; scale it down"):
+            decode_rgb(buffer.getvalue(), "bomb.png")
