@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from rsengine.checked import Field, FieldError
 from rsengine.config import Recipe
 from rsengine.data import Dataset, identity_of
 from rsengine.data.errors import UserError
@@ -21,7 +22,7 @@ from rsengine.engine.evaluation import Evaluation
 from rsengine.engine.graph import CapturedStep, CudaRecorder, choose_step, static_batch, uses_graph
 from rsengine.engine.step import image_sizes
 from rsengine.input.batches import open_batches
-from rsengine.run.checkpoint import CheckpointError, save_checkpoint
+from rsengine.run.checkpoint import damaged, save_checkpoint
 from rsengine.run.files import CHECKPOINT_FILE
 from rsengine.run.initial import Initial
 from rsengine.run.log import EPOCH, INTERVAL, START, RunLog
@@ -30,6 +31,7 @@ from rsengine.run.progress import Display
 from rsengine.run.recovery import copy_best, lost_records, renew
 from rsengine.run.same_data import describe_data, refuse_other_data
 from rsengine.run.signals import StopRequest, stop_requests
+from rsengine.run.tensors import check_like
 from rsengine.run.weights import save_weights
 
 
@@ -329,12 +331,22 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Resume from a checkpoint. Raises :class:`CheckpointError` if it is of another data set or network."""
-        refuse_other_data(state, self.dataset, self.out, self.steps_per_epoch)
+        saved, path = Field(state), self.out / CHECKPOINT_FILE
         try:
-            self.step.load_state_dict(state["step"])
-        except ValueError as error:
-            raise CheckpointError(f"{self.out / CHECKPOINT_FILE}: does not fit the recipe ({error})") from error
-        self.progress = Progress(state["epoch"], state["batch"], state["seconds"], **state["totals"])
+            check_like(saved["step"]["counter"], self.step.counter)
+            refuse_other_data(state, self.dataset, self.out, self.steps_per_epoch)
+            check_like(saved["step"], self.step.state_dict())
+            epoch = saved["epoch"].integer(0, self.recipe.train.epochs)
+            last = self.steps_per_epoch if epoch < self.recipe.train.epochs else 0  # all, before the evaluation
+            done = epoch * self.steps_per_epoch + saved["batch"].integer(0, last)
+            if int(state["step"]["counter"]) != done:
+                raise saved["step"]["counter"].error(
+                    f"{done}, the steps in {epoch} epochs and {state['batch']} batches"
+                )
+        except FieldError as error:
+            raise damaged(path, error) from error
+        self.step.load_state_dict(state["step"])
+        self.progress = Progress(epoch, state["batch"], state["seconds"], **state["totals"])
         self.best = state["best"]
         torch.set_rng_state(state["rng"]["cpu"])
         if self.execution.device.type == "cuda" and state["rng"]["cuda"] is not None:

@@ -6,20 +6,29 @@ prediction sees pixels exactly as training did.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from rsengine.checked import Field, FieldError
 from rsengine.config import Recipe, RecipeError
 from rsengine.data.errors import UserError
+from rsengine.data.sources.images import LARGEST_SIDE
 from rsengine.engine.build import build_model
 from rsengine.model import ResNetRS
 from rsengine.run.files import WEIGHTS_FILE, utf8_path, write_atomically
+from rsengine.run.tensors import check_like
 
 _FORMAT = "rsengine-weights-1"
+_CHECKSUM = "sha256"  # the key in the metadata
+_AGAIN = "give the weights of another run, or resume the run that wrote them"
+_LONGEST = 200  # characters of another library's words
+_SMALLEST_STD = 1e-9  # far below that of a channel where a single pixel in 10^12 differs from all others
 
 
 class WeightsError(UserError):
@@ -43,7 +52,8 @@ def save_weights(folder: Path, model: nn.Module, recipe: Recipe, dataset: object
     from safetensors.torch import save
 
     path = Path(folder) / WEIGHTS_FILE
-    write_atomically(path, save(_state(model), _metadata(recipe, dataset)))
+    state = _state(model)
+    write_atomically(path, save(state, _metadata(state, recipe, dataset)))
     return path
 
 
@@ -55,7 +65,7 @@ def holds_weights(path: Path, model: nn.Module, recipe: Recipe, dataset: object)
         with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             state = _state(model)
             return (
-                file.metadata() == _metadata(recipe, dataset)
+                file.metadata() == _metadata(state, recipe, dataset)
                 and set(file.keys()) == set(state)
                 and all(_same(file.get_tensor(name), tensor) for name, tensor in state.items())
             )
@@ -71,8 +81,8 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
 
 
-def _metadata(recipe: Recipe, dataset: object) -> dict[str, str]:
-    return {
+def _metadata(state: Mapping[str, Tensor], recipe: Recipe, dataset: object) -> dict[str, str]:
+    metadata = {
         "format": _FORMAT,
         "recipe": recipe.to_toml(),
         "classes": json.dumps(list(dataset.classes)),
@@ -80,39 +90,72 @@ def _metadata(recipe: Recipe, dataset: object) -> dict[str, str]:
         "mean": json.dumps(list(dataset.mean)),
         "std": json.dumps(list(dataset.std)),
     }
+    return metadata | {_CHECKSUM: _checksum(state, metadata)}
+
+
+def _checksum(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """sha256 of all that the file says: the format has no sum of its own."""
+    total = hashlib.sha256()
+    for key in sorted(metadata.keys() - {_CHECKSUM}):
+        total.update(json.dumps([key, metadata[key]]).encode())
+    for name, tensor in sorted(state.items()):
+        total.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
+        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def load_weights(path: str | Path) -> Weights:
-    """Read what :func:`save_weights` wrote; ``path`` is the file or its run folder. Raises :class:`WeightsError`."""
-    from safetensors import SafetensorError, safe_open
+    """Read what :func:`save_weights` wrote; ``path`` is the file or its run folder.
 
+    Raises:
+        WeightsError: there are none, or they are damaged, of another format, or at odds with themselves: metadata of
+            other types or out of range, tensors that are not those of the recipe's network, numbers that are not
+            finite. The line names the file and the field.
+    """
     path = Path(path)
-    if path.is_dir():
-        path = path / WEIGHTS_FILE
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file; give a run folder whose training has finished an epoch")
     try:
-        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise WeightsError(f"{path}: damaged or not a safetensors file ({error})") from error
+        if path.is_dir():
+            path = path / WEIGHTS_FILE
+        if not path.is_file():
+            raise WeightsError(f"{path}: no such file; give a run folder whose training has finished an epoch")
+        metadata, state = _read(path)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
     if metadata.get("format") != _FORMAT:
         raise WeightsError(f"{path}: not written by rsengine (its metadata has no format {_FORMAT})")
+    if metadata.get(_CHECKSUM, _checksum(state, metadata)) != _checksum(state, metadata):  # older ones have none
+        raise WeightsError(f"{path}: damaged (its checksum is not that of its content); {_AGAIN}")
     try:
-        recipe = Recipe.from_toml(metadata["recipe"], str(path))
-        classes = tuple(json.loads(metadata["classes"]))
-        model = build_model(recipe, len(classes))
-        model.load_state_dict(state)
-        return Weights(
-            model.eval(),
-            recipe,
-            classes,
-            tuple(json.loads(metadata["image_size"])),
-            tuple(json.loads(metadata["mean"])),
-            tuple(json.loads(metadata["std"])),
-        )
-    except (KeyError, ValueError, RuntimeError, RecipeError) as error:
-        raise WeightsError(
-            f"{path}: its metadata and tensors do not fit together ({str(error).splitlines()[0]})"
-        ) from error
+        return _checked(Field(metadata), state, path)
+    except (FieldError, RecipeError) as error:
+        raise WeightsError(f"{path}: {str(error).removeprefix(f'{path}: ')}; {_AGAIN}") from error
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    from safetensors import safe_open
+
+    try:
+        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError:
+        raise
+    except Exception as error:  # its own, and what PyTorch says of types and sizes that it does not know
+        reason = " ".join(str(error).split())[:_LONGEST]
+        raise WeightsError(f"{path}: damaged or not a safetensors file ({reason}); {_AGAIN}") from error
+
+
+def _checked(metadata: Field, state: dict[str, Tensor], path: Path) -> Weights:
+    """The weights that metadata and tensors describe. Raises FieldError or RecipeError."""
+    recipe = Recipe.from_toml(metadata["recipe"].text(), f"{path}: recipe")
+    values = {key: Field.of_json(metadata[key].text(), key) for key in ("classes", "image_size", "mean", "std")}
+    classes = tuple(each.text() for each in values["classes"].items())
+    if not classes:
+        raise values["classes"].error("names of classes")
+    height, width = (side.integer(1, LARGEST_SIDE) for side in values["image_size"].items(2))
+    mean = tuple(each.number(0, 1) for each in values["mean"].items(3))
+    # The 0 of a channel without spread, as older versions wrote it, counts as 1.
+    std = tuple(each.number(_SMALLEST_STD if each.value else 0, 1) for each in values["std"].items(3))
+    model = build_model(recipe, len(classes))
+    check_like(Field(state, "tensors"), model.state_dict())
+    model.load_state_dict(state)
+    return Weights(model.eval(), recipe, classes, (height, width), mean, std)

@@ -17,7 +17,18 @@ from rsengine.run.files import WriteError, write_atomically
 from rsengine.run.log import RunLog
 from rsengine.run.weights import WeightsError, load_weights, save_weights
 
-STATE = {key: None for key in module._KEYS} | {"step": {"w": torch.arange(5000.0)}, "epoch": 3, "recipe": "x"}
+STATE = {
+    "recipe": "x",
+    "versions": {"torch": "2"},
+    "dataset": {},
+    "epoch": 3,
+    "batch": 0,
+    "seconds": 1.5,
+    "totals": {"epoch_seconds": 0.0, "loss": 0.0, "correct": 0, "images": 0},
+    "best": {"accuracy": 0.5, "epoch": 2},
+    "step": {"w": torch.arange(5000.0)},
+    "rng": {"cpu": torch.Generator().get_state(), "cuda": None},
+}
 
 
 def test_what_is_saved_comes_back(tmp_path):
@@ -195,5 +206,41 @@ def test_weights_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(WeightsError, match="not written by rsengine"):
         load_weights(tmp_path)
     save_file({"x": torch.zeros(1)}, path, {"format": "rsengine-weights-1", "recipe": "", "classes": '["a"]'})
-    with pytest.raises(WeightsError, match="do not fit together"):
+    with pytest.raises(WeightsError, match="weights.safetensors: image_size: missing; give the weights of another"):
         load_weights(tmp_path)
+
+
+TENSOR = torch.Generator().get_state()
+FIELDS = {
+    "recipe": [None, 3, b"x", torch.zeros(1), "\ud800"],
+    "versions": [None, [], {"torch": 2}, {3: "x"}],
+    "dataset": [None, "x", {"name": 1}, {"counts": [1]}, {"counts": [1, "2"]}, {"options": 3}, {"image_size": [0, 1]}],
+    "epoch": [None, "3", 3.0, True, -1, 2**70, torch.tensor(3)],
+    "batch": [None, "3", 0.0, -1, 2**70],
+    "seconds": [None, "3", -1.0, float("nan"), float("inf"), 10**400, torch.tensor(3.0)],
+    "totals": [None, {}, STATE["totals"] | {"more": 1}, STATE["totals"] | {"loss": float("nan")}]
+    + [STATE["totals"] | {"correct": 0.5}, STATE["totals"] | {"images": -1}],
+    "best": [None, {}, {"accuracy": 2.0, "epoch": 2}, {"accuracy": float("nan"), "epoch": 2}]
+    + [{"accuracy": "x", "epoch": 2}, {"accuracy": 0.5, "epoch": -1}, {"accuracy": 0.5}],
+    "step": [None, [], {1: 2}, 7],
+    "rng": [None, {}, {"cpu": None, "cuda": None}, {"cpu": TENSOR[:-1], "cuda": None}, {"cpu": TENSOR}]
+    + [{"cpu": torch.full_like(TENSOR, 255), "cuda": None}, {"cpu": TENSOR.float(), "cuda": None}]
+    + [{"cpu": TENSOR, "cuda": 3}, {"cpu": TENSOR, "cuda": TENSOR.long()}, {"cpu": TENSOR.to_sparse(), "cuda": None}],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in FIELDS.items() for value in values])
+def test_a_field_of_another_type_or_out_of_range_is_named(tmp_path, key, value):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, STATE | {key: value})
+    with pytest.raises(CheckpointError, match=rf"checkpoint.pt: {key}\S*: (expected|missing)") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("version", [None, [1], True, 10**300, "1", torch.zeros(3)])
+def test_a_version_of_any_type_is_no_traceback(tmp_path, version):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"format": "rsengine-checkpoint", "version": version}, path)
+    with pytest.raises(CheckpointError, match="checkpoint version .*, this program reads 1"):
+        load_checkpoint(path)
