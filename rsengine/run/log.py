@@ -28,10 +28,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rsengine.checked import Field, FieldError
 from rsengine.data.errors import UserError
 from rsengine.disk import sync
 from rsengine.run.files import METRICS_FILE, write_atomically, writing
@@ -41,14 +42,57 @@ INTERVAL = "interval"
 EPOCH = "epoch"
 
 
-_NUMBER, _MAYBE = (int, float), (int, float, type(None))
-_SCORES = {"train_loss": _MAYBE, "train_accuracy": _MAYBE, "learning_rate": _NUMBER}
-_TIMES = {"images_per_second": _NUMBER, "seconds": _NUMBER}
-_TESTS = dict.fromkeys(("test_loss", "test_accuracy", "test_loss_ema", "test_accuracy_ema"), _MAYBE)
-_FIELDS = {
-    START: {"time_to_first_step": _NUMBER, "resumed": bool},
-    INTERVAL: {"epoch": _NUMBER, **_SCORES, **_TIMES},
-    EPOCH: {"epoch": int, **_SCORES, **_TIMES, **_TESTS, "epoch_seconds": _NUMBER, "eval_seconds": _NUMBER},
+_MOST = 2**53  # steps and all else that is counted: no run has as many, and floats hold these exactly
+
+
+def _count(field: Field) -> None:
+    field.integer(0, _MOST)
+
+
+def _amount(field: Field) -> None:
+    field.number(0, 1e300)  # a loss may have any size
+
+
+def _perhaps(check: Callable[[Field], object]) -> Callable[[Field], None]:
+    """``check``, where there is anything."""
+
+    def check_if_any(field: Field) -> None:
+        if field.value is not None:
+            check(field)
+
+    return check_if_any
+
+
+def _machine(field: Field) -> None:
+    """What :func:`rsengine.run.machine.machine` returns, as far as a report names it."""
+    for key, check in _MACHINE.items():
+        if key in field:
+            check(field[key])
+
+
+def _versions(field: Field) -> None:
+    for version in field.fields():
+        _perhaps(Field.text)(version)
+
+
+_MACHINE = {
+    **dict.fromkeys(("processor", "os", "python"), _perhaps(Field.text)),
+    **dict.fromkeys(("physical_cores", "logical_cores"), _perhaps(_count)),
+    "ram_gib": _perhaps(_amount),
+    "gpus": _perhaps(lambda field: [each.text() for each in field.items()]),
+}
+_LOSS, _SHARE = _perhaps(_amount), _perhaps(lambda field: field.number(0, 1))
+_SCORES = {"train_loss": _LOSS, "train_accuracy": _SHARE, "learning_rate": _amount}
+_TIMES = {"images_per_second": _amount, "seconds": _amount}
+_TESTS = {"test_loss": _LOSS, "test_accuracy": _SHARE, "test_loss_ema": _LOSS, "test_accuracy_ema": _SHARE}
+_FIELDS: dict[str, dict[str, Callable[[Field], object]]] = {
+    START: {
+        "time_to_first_step": Field.number,
+        **{"device": Field.text, "precision": Field.text, "threads": _count, "resumed": Field.flag},
+        **{"machine": _machine, "versions": _versions},
+    },
+    INTERVAL: {"epoch": _amount, **_SCORES, **_TIMES},
+    EPOCH: {"epoch": _count, **_SCORES, **_TIMES, **_TESTS, "epoch_seconds": _amount, "eval_seconds": _amount},
 }
 
 
@@ -135,11 +179,14 @@ class RunLog:
         return len(lines) - len(kept) + len(torn.removesuffix(b"\n").split(b"\n")) * bool(torn)
 
     def check(self) -> None:
-        """Raise :class:`LogError` unless every record has the fields that curves and report are made of."""
+        """Raise :class:`LogError` unless every record has the fields that curves and report are made of, each of its
+        type and in its range."""
         for number, (_, record) in enumerate(self._lines(), start=1):
-            for name, kinds in _FIELDS.get(record["kind"], {}).items():
-                if name not in record or not isinstance(record[name], kinds):
-                    raise self._damaged(number, f"{name} is missing or of the wrong type")
+            try:
+                for name, check in _FIELDS.get(record["kind"], {}).items():
+                    check(Field(record)[name])
+            except FieldError as error:
+                raise self._damaged(number, str(error)) from error
 
     def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:
         """Every record, as the bytes of its line with the newline and parsed; not what a kill or a power cut left
@@ -153,7 +200,7 @@ class RunLog:
         for number, line in enumerate(whole, start=1):
             try:
                 record = _parsed(line)
-            except ValueError as error:
+            except FieldError as error:
                 damage = damage or self._damaged(number, str(error))
                 continue
             if damage is not None:  # not at the end: a record that somebody will look for is lost
@@ -169,17 +216,11 @@ class RunLog:
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
-    """The record in a line. Raises ValueError."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"not valid JSON ({error})") from error
-    except RecursionError as error:
-        raise ValueError("not a record (nested too deep)") from error
-    step = record.get("step") if isinstance(record, dict) else None
-    if not isinstance(step, int) or not isinstance(record.get("kind"), str):
-        raise ValueError("expected an object with kind and an integer step")
-    return record
+    """The record in a line. Raises FieldError."""
+    record = Field.of_json(line)
+    record["kind"].text()
+    record["step"].integer(0, _MOST)
+    return record.mapping()
 
 
 def _doubled(lines: list[tuple[bytes, dict[str, Any]]]) -> set[int]:

@@ -13,6 +13,9 @@ from rsengine.run import files
 from rsengine.run import log as runlog
 from rsengine.run.log import RunLog
 
+START = {"kind": "start", "time_to_first_step": 1.0, "device": "cpu", "precision": "fp32", "threads": 2}
+START |= {"resumed": False, "machine": {}, "versions": {}}
+
 
 def _steps(log: RunLog) -> list[int]:
     return [record["step"] for record in log.records()]
@@ -117,13 +120,28 @@ def test_damage_is_the_user_s_to_know_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "record", [{"kind": "epoch"}, {"kind": "interval", "epoch": "x"}, {"kind": "start", "resumed": None}]
+    ("record", "words"),
+    [
+        ({"kind": "epoch"}, "epoch: missing"),
+        ({"kind": "interval", "epoch": "x"}, "epoch: expected a number from 0 to .*; got 'x'"),
+        ({"kind": "interval", "epoch": -0.5}, "epoch: expected a number from 0 to"),
+        ({"kind": "interval", "epoch": 10**400}, "epoch: expected a number from 0 to"),
+        (
+            {"kind": "interval", "epoch": 1, "train_loss": 2.0, "train_accuracy": 1.5},
+            "train_accuracy: expected .* 0 to 1",
+        ),
+        (START | {"resumed": None}, "resumed: expected true or false; got None"),
+        (START | {"threads": -1}, "threads: expected an integer from 0 to"),
+        (START | {"machine": {"ram_gib": []}}, "machine.ram_gib: expected a number from 0 to"),
+        (START | {"machine": {"gpus": "one"}}, "machine.gpus: expected a list; got 'one'"),
+        (START | {"versions": {"torch": 2}}, "versions.torch: expected text; got 2"),
+    ],
 )
-def test_a_record_that_no_report_can_be_made_of_is_damage(tmp_path, record):
+def test_a_record_that_no_report_can_be_made_of_is_damage(tmp_path, record, words):
     log = RunLog(tmp_path)
     log.append({"kind": "other", "step": 0})
     log.append(record | {"step": 2})
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: \w+ is missing or of the wrong type"):
+    with pytest.raises(UserError, match=rf"metrics\.jsonl, line 2: {words}"):
         log.check()
 
 
