@@ -14,7 +14,7 @@ from rsengine.engine.evaluation import EvaluationStep
 from rsengine.errors import run_command
 from rsengine.input.choose import choose_loader
 from rsengine.model.preprocess import Preprocess
-from rsengine.run.weights import Weights, WeightsError, load_weights
+from rsengine.run.weights import Weights, WeightsError, finite, load_weights
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,6 +44,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     preprocess = Preprocess(weights.mean, weights.std, execution.device)
     evaluation = EvaluationStep({"ema": model}, preprocess, execution, len(weights.classes))
     result = evaluation.measure(loader.epoch())["ema"]
+    finite(torch.tensor(result.loss))
     scores = f"accuracy {result.accuracy:.2%}, cross-entropy {result.loss:.4f}"
     print(f"{dataset.name}: {scores} on {result.images:,} test images")
     return 0

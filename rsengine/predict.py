@@ -19,7 +19,7 @@ from rsengine.device import choose_execution
 from rsengine.errors import run_command
 from rsengine.model.preprocess import Preprocess
 from rsengine.output import escaped
-from rsengine.run.weights import Weights, load_weights
+from rsengine.run.weights import Weights, finite, load_weights
 
 PIXELS = 256 * 32 * 32  # in a batch, so that memory does not depend on how many pictures there are
 
@@ -33,10 +33,13 @@ def predict(weights: Weights, images: np.ndarray) -> Tensor:
 
     Returns:
         (N, C) float32 on the CPU, each row summing to 1.
+
+    Raises:
+        WeightsError: the weights overflow.
     """
     device = next(weights.model.parameters()).device
     x = Preprocess(weights.mean, weights.std, device)(torch.from_numpy(images).to(device))
-    return weights.model(x).float().softmax(dim=1).cpu()
+    return finite(weights.model(x).float().softmax(dim=1).cpu())
 
 
 def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:

@@ -131,6 +131,14 @@ def load_weights(path: str | Path) -> Weights:
         raise WeightsError(f"{path}: {str(error).removeprefix(f'{path}: ')}; {_AGAIN}") from error
 
 
+def finite(results: Tensor) -> Tensor:
+    """``results`` of a network. Raises :class:`WeightsError` where they are not finite numbers, though the weights are:
+    a product has overflowed."""
+    if not results.isfinite().all():
+        raise WeightsError(f"the weights are so large that their results are no finite numbers; {_AGAIN}")
+    return results
+
+
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     from safetensors import safe_open
 

@@ -116,9 +116,22 @@ def test_every_cut_is_damage(path, length):
         load_weights(path)
 
 
+def overflow(state, metadata):
+    """Finite weights that make infinite activations."""
+    state.update({name: t * 0 + 3e38 for name, t in state.items() if name.endswith(("bn2.weight", "bn3.weight"))})
+
+
 @pytest.mark.parametrize("command", ["evaluate", "predict"])
-def test_the_commands_say_it_in_one_line(path, toy_dataset, capsys, command):
-    rewrite(path, CASES["NaN"][0])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (CASES["NaN"][0], "{path}: tensors.fc.weight: expected finite"),
+        (overflow, "the weights are so large that their results are no finite"),
+    ],
+    ids=["NaN", "overflow"],
+)
+def test_the_commands_say_it_in_one_line(path, toy_dataset, capsys, command, change, words):
+    rewrite(path, change)
     folder = str(toy_dataset.folder)
     if command == "evaluate":
         assert evaluate.main([str(path), "--data", folder, "--device", "cpu"]) == 2
@@ -126,7 +139,7 @@ def test_the_commands_say_it_in_one_line(path, toy_dataset, capsys, command):
         picture = next((toy_dataset.folder.parent / "source").rglob("*.png"))
         assert predict.main([str(path), str(picture), "--device", "cpu"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {path}: tensors.fc.weight: expected finite") and error.count("\n") == 1
+    assert error.startswith(f"error: {words.format(path=path)}") and error.count("\n") == 1
 
 
 @pytest.fixture
