@@ -54,4 +54,5 @@ def _described(value: object) -> str:
     if not isinstance(value, Tensor):
         return "nothing" if value is None else f"a value of type {type(value).__name__}"
     kind = "" if value.layout == torch.strided else f", {value.layout}"
+    kind += " that requires a gradient" if value.requires_grad else ""
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}{kind}"
