@@ -14,6 +14,9 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 
+# Twenty times the longest recipe. The parser's time grows with the square of the parts of a dotted key.
+_LONGEST_TOML, _MOST_DOTS = 65_536, 1000
+
 
 def decode(data: bytes) -> str:
     """The text of a file: UTF-8, or what its byte-order mark says, as editors and shells of Windows write it.
@@ -33,7 +36,15 @@ def decode(data: bytes) -> str:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Parse TOML. Raises ValueError, also for what the parser gives up on: nested too deep, too many digits."""
+    """Parse TOML.
+
+    Raises:
+        ValueError: it is none; or the parser gives up on it (nested too deep, too many digits) or would take minutes.
+    """
+    if len(text) > _LONGEST_TOML:
+        raise ValueError(f"longer than {_LONGEST_TOML:,} characters")
+    if any(line.count(".") > _MOST_DOTS for line in text.splitlines()):
+        raise ValueError(f"a line with more than {_MOST_DOTS:,} dots")
     try:
         return tomllib.loads(text)
     except RecursionError as error:
