@@ -33,8 +33,9 @@ UPRIGHT = {
 }
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8\xff"
-# In the coded pixels of a JPEG, FF 00 stands for the byte FF, and FF D0 … D7 are marks to resume at.
-JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
+# In the coded pixels of a JPEG, FF 00 stands for the byte FF, and FF D0 … D7 are marks to resume at. FF may come many
+# times before a marker.
+JPEG_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
 JPEG_END = 0xD9
 JPEG_BARE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a segment
 REMEDY = "repair or remove it"

@@ -179,3 +179,11 @@ def test_the_limit_of_size_does_not_depend_on_filters_of_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(DataError, match="bomb.png: 12000×12000 pixels is too large; scale it down"):
             decode_rgb(buffer.getvalue(), "bomb.png")
+
+
+def test_a_jpeg_full_of_the_byte_before_a_marker_is_looked_through_once():
+    """It took hours."""
+    whole = jpeg(pixels(1, 2)[0])
+    with pytest.raises(DataError, match="full.jpg: truncated JPEG"):
+        decode_rgb(whole[:-2] + b"\xff" * 5_000_000 + b"\0", "full.jpg")
+    np.testing.assert_array_equal(decode_rgb(whole[:-2] + b"\xff" * 1000 + whole[-2:], "a"), decode_rgb(whole, "a"))
