@@ -26,6 +26,7 @@ BLOCK = 1 << 20
 # An archive may unpack to at most this many times its own size, or to a gibibyte if that is more. Photographs barely
 # compress; 60,000 tiny JPEGs in a tar, whose headers do, give a factor of seven.
 LARGEST_RATIO, LARGEST_SMALL = 100, 1 << 30
+LONGEST_NAME = 4096  # as long as paths may be on Linux
 MAGIC: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 # With --dereference alone, tar packs a file that is met a second time as a hard link to the first.
 _PACK_FILES = "which is not unpacked; pack the files themselves: tar --dereference --hard-dereference"
@@ -116,8 +117,12 @@ def unpack(path: Path, spool: Spool) -> tuple[dict[str, Blob], set[str]]:
         if start.startswith(b"PK"):
             return _unpack_zip(path, spool, limit)
         return _unpack_tar(path, spool, limit, start)
-    except (DataError, MemoryError):
+    except DataError:
         raise
+    except MemoryError as error:
+        raise DataError(
+            f"{path}: unpacking it takes more memory than there is; unpack it and give the folder"
+        ) from error
     except Exception as error:  # forged headers make these modules raise almost anything, also an OSError
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the disk is full, say
             raise
@@ -225,6 +230,8 @@ def _too_large(path: Path, limit: int) -> DataError:
 
 def _safe_name(path: Path, name: str) -> str:
     parts = name.split("/")
+    if len(name) > LONGEST_NAME:
+        raise DataError(f"{path}: member {name[:80]!r}… has a name of {len(name):,} characters; do not trust this file")
     if name.startswith("/") or "\\" in name or "\0" in name or ".." in parts or re.match(r"^[A-Za-z]:", name):
         raise DataError(f"{path}: member {name!r} points outside the archive; do not trust this file")
     return "/".join(part for part in parts if part not in ("", "."))

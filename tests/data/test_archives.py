@@ -173,3 +173,27 @@ def test_numbers_in_a_zip_that_cannot_be(tmp_path, record, offset, value, words)
     with pytest.raises(DataError, match=f"numbers.zip: .*{words}") as caught:
         convert(path, tmp_path / "out")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_a_name_longer_than_any_path(tmp_path, kind):
+    """A million folders within each other would take hours."""
+    name, path = "a/" * 30_000 + "1.png", tmp_path / f"long.{kind}"
+    if kind == "tar":
+        write_tar(path, member(name))
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(name, b"x")
+    with pytest.raises(DataError, match="long.* has a name of 60,005 characters; do not trust") as caught:
+        convert(path, tmp_path / "out")
+    assert len(str(caught.value)) < 300
+
+
+def test_an_archive_larger_than_memory_is_one_line(tmp_path, monkeypatch):
+    def fail(*_arguments):
+        raise MemoryError
+
+    path = write_tar(tmp_path / "large.tar", member("train/cat/1.png"))
+    monkeypatch.setattr(archives, "_append", fail)
+    with pytest.raises(DataError, match="large.tar: unpacking it takes more memory than there is; unpack it and give"):
+        convert(path, tmp_path / "out")
