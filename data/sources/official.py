@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rsengine.checked import shown
 from rsengine.data.errors import DataError
 from rsengine.data.sources.archives import file_digest
 from rsengine.data.sources.base import Source
@@ -212,7 +213,7 @@ def _read_pickle(layout: Layout, content: bytes, where: str) -> tuple[np.ndarray
     data, labels = batch.get("data"), batch.get(layout.label_key)
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != PIXELS:
         raise DataError(f"{where}: data is not an array of N×{PIXELS} bytes; get the official file again")
-    if not isinstance(labels, list) or len(labels) != len(data) or not all(isinstance(n, int) for n in labels):
+    if not isinstance(labels, list) or len(labels) != len(data) or not all(type(n) is int for n in labels):
         raise DataError(f"{where}: {layout.label_key} is no list of {len(data)} numbers; get the official file again")
     return _images(data), _labels(layout, np.array(labels, object), where)
 
@@ -235,8 +236,9 @@ def _images(planes: np.ndarray) -> np.ndarray:
 def _labels(layout: Layout, labels: np.ndarray, where: str) -> np.ndarray:
     wrong = np.flatnonzero((labels < 0) | (labels >= layout.classes))
     if len(wrong):
+        label = shown(int(labels[wrong[0]]))
         raise DataError(
-            f"{where}: image {wrong[0]} has label {labels[wrong[0]]}, out of range 0 … {layout.classes - 1}; "
+            f"{where}: image {wrong[0]} has label {label}, out of range 0 … {layout.classes - 1}; "
             "get the official file again"
         )
     return labels.astype(np.int64)
@@ -247,9 +249,10 @@ def _classes(layout: Layout, content: bytes, where: str) -> tuple[str, ...]:
         names = _string_keys(restricted_loads(content, where), where).get(layout.names_key)
     else:
         names = [line.strip() for line in content.decode("utf-8", "replace").splitlines() if line.strip()]
-    if not isinstance(names, list) or len(names) != layout.classes:
+    named = isinstance(names, list) and all(isinstance(name, str | bytes) for name in names)
+    if not named or len(names) != layout.classes:
         raise DataError(f"{where}: does not name {layout.classes} classes; get the official file again")
-    return tuple(name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in names)
+    return tuple(name.decode("utf-8", "replace") if isinstance(name, bytes) else name for name in names)
 
 
 def _string_keys(content: object, where: str) -> dict[str, object]:

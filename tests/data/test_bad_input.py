@@ -315,6 +315,29 @@ def test_label_out_of_range(tmp_path, version, classes):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("label", [10**5000, -(10**5000), True, 1.0, "1", None, [1]], ids=lambda v: type(v).__name__)
+def test_a_label_that_is_no_number_of_a_class(tmp_path, label):
+    folder = official_python(tmp_path / "c")
+    path = folder / "data_batch_2"
+    content = pickle.loads(path.read_bytes())
+    content[b"labels"][1] = label
+    path.write_bytes(pickle.dumps(content, protocol=4))
+    with pytest.raises(
+        DataError, match="data_batch_2: (image 1 has label a value of type int|labels is no list)"
+    ) as caught:
+        convert(folder, tmp_path / "out", verify=False)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", [None, 1, [b"cat"], {}], ids=repr)
+def test_a_class_name_that_is_no_text(tmp_path, name):
+    folder = official_python(tmp_path / "c")
+    names = [b"x"] * 9 + [name]
+    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": names}, protocol=4))
+    with pytest.raises(DataError, match="batches.meta: does not name 10 classes; get the official file again"):
+        convert(folder, tmp_path / "out", verify=False)
+
+
 def test_truncated_binary(tmp_path):
     folder = official_binary(tmp_path / "c")
     path = folder / "data_batch_4.bin"
