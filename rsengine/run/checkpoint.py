@@ -132,6 +132,12 @@ def _read(path: Path, mmap: bool = False) -> dict[str, Any]:
     try:
         if not mmap:
             with zipfile.ZipFile(path) as archive:
+                members = archive.infolist()
+                if (
+                    any(each.compress_type for each in members)
+                    or sum(e.file_size for e in members) > path.stat().st_size
+                ):
+                    raise ValueError("it would grow when it is unpacked")
                 wrong = archive.testzip()  # torch.load does not check the sums
             if wrong is not None:
                 raise CheckpointError(f"{path}: damaged (checksum of {wrong}); use another checkpoint or remove it")

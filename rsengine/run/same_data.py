@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rsengine.checked import shown
 from rsengine.data import Dataset, identity_of
 from rsengine.run.checkpoint import CheckpointError
 from rsengine.run.files import CHECKPOINT_FILE, WEIGHTS_FILE, utf8_path
@@ -46,10 +47,10 @@ def refuse_other_data(state: dict[str, Any], dataset: Dataset, folder: Path, ste
 
 
 def _in_words(data: dict[str, Any]) -> str:
-    words = [str(data.get("name"))]
+    words = [str(data.get("name"))[:200]]
     if "counts" in data:
         words.append(f"{data['counts'][0]:,} + {data['counts'][1]:,} images")
-    words += [f"--{key.replace('_', '-')} {value}" for key, value in data.get("options", {}).items()]
+    words += [f"--{key.replace('_', '-')} {shown(value)}" for key, value in data.get("options", {}).items()]
     key = "identity" if "identity" in data else "checksum"  # they differ where nothing else does
     return ", ".join([*words, f"{key} {str(data.get(key))[:8]}…"])
 
@@ -62,5 +63,5 @@ def _fits_weights(path: Path, dataset: Dataset) -> bool:
         with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             metadata = file.metadata() or {}
         return all(json.loads(metadata[key]) == list(getattr(dataset, key)) for key in ("classes", "mean"))
-    except (OSError, SafetensorError, KeyError, ValueError):
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
         return True  # none, or none that can be read

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import resource
+import zipfile
 
 import pytest
 import torch
@@ -236,6 +237,18 @@ def test_a_field_of_another_type_or_out_of_range_is_named(tmp_path, key, value):
     with pytest.raises(CheckpointError, match=rf"checkpoint.pt: {key}\S*: (expected|missing)") as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_what_grows_when_it_is_unpacked_is_refused_before(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, STATE)
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    with pytest.raises(CheckpointError, match="checkpoint.pt: truncated or not a checkpoint .it would grow when"):
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize("version", [None, [1], True, 10**300, "1", torch.zeros(3)])
