@@ -174,10 +174,12 @@ def child(work: Callable[[], int], folder: Path) -> int:
     """Begin a process that does ``work`` in ``folder`` and writes there what it prints. Returns its number."""
     pid = os.fork()
     if pid:
+        os.setpgid(pid, pid)  # here too: which of the two comes first is open
         return pid
     status = 70
     try:
-        os.setsid()
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.chdir(folder)
         for name, descriptor in (("stdout", 1), ("stderr", 2)):
             os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
@@ -234,8 +236,10 @@ def judge(given: Input, folder: Path, status: int | None, expected: dict[tuple[s
             return "fault", f"a whole file was refused: {lines[0] if lines else ''}"
         if len(lines) != 1 or not lines[0].startswith("error: ") or not lines[0].isprintable() or len(lines[0]) > 1500:
             return "fault", f"{len(lines)} lines: {errors[:300]!r}"
-        names = (*Path(given.target).parts, "train.batch_size" if given.kind == "recipe" else given.target)
-        if not any(name in lines[0] for name in (*names, "the weights are so large")):
+        # Settings that the data or each other do not suit may come from the command line too.
+        names = (*Path(given.target).parts, "the weights are so large")
+        names += ("batch_size", "epochs") if given.kind == "recipe" else ()
+        if not any(name in lines[0] for name in names):
             return "fault", f"the line does not name the file: {lines[0]}"
         return "refused", lines[0]
     if lines:
@@ -265,27 +269,36 @@ def run_all(
 ) -> None:
     """Run the inputs, ``jobs`` at a time, and report each."""
     waiting, running = list(reversed(numbers)), {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            number = waiting.pop()
-            given, folder = make(number), home / f"input-{number}"
-            for name, data in given.files.items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_bytes(data)
-            pid = child(lambda given=given: work(given, home), folder)
-            running[pid] = number, given, folder, time.monotonic() + seconds
-        time.sleep(0.005)
-        for pid, (number, given, folder, end) in list(running.items()):
-            ended, code = os.waitpid(pid, os.WNOHANG)
-            if not ended and time.monotonic() < end:
-                continue
-            status = os.waitstatus_to_exitcode(code) if ended else None
-            if not ended:
-                os.killpg(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            del running[pid]
-            report(number, given, folder, *judge(given, folder, status, expected))
-            shutil.rmtree(folder)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                number = waiting.pop()
+                given, folder = make(number), home / f"input-{number}"
+                for name, data in given.files.items():
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / name).write_bytes(data)
+                pid = child(lambda given=given: work(given, home), folder)
+                running[pid] = number, given, folder, time.monotonic() + seconds
+            time.sleep(0.005)
+            for pid, (number, given, folder, end) in list(running.items()):
+                ended, code = os.waitpid(pid, os.WNOHANG)
+                if not ended and time.monotonic() < end:
+                    continue
+                status = os.waitstatus_to_exitcode(code) if ended else None
+                if not ended:
+                    _end(pid)
+                del running[pid]
+                report(number, given, folder, *judge(given, folder, status, expected))
+                shutil.rmtree(folder)
+    finally:
+        for pid in running:  # none, unless this was interrupted
+            _end(pid)
+
+
+def _end(pid: int) -> None:
+    """End a child and what it has begun, all of which is in one group."""
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def expectations(samples: dict[str, list[Sample]], home: Path) -> dict[tuple[str, str], str]:
@@ -331,6 +344,7 @@ def main(argv: list[str] | None = None) -> int:
     keep = options.keep.absolute()
     warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork.*")
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # children are ended and the folder is removed
     found: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
