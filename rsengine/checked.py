@@ -83,10 +83,10 @@ class Field:
             raise self.error(f"a number from {low:g} to {high:g}" if bounded else "a finite number")
         return float(self.value)
 
-    def text(self) -> str:
-        """Text that can be written in UTF-8."""
+    def text(self, *, any_bytes: bool = False) -> str:
+        """Text that can be written in UTF-8; or, like the names of files, may stand for bytes in any encoding."""
         known = isinstance(self.value, str) and len(self.value) <= MOST_ITEMS
-        if not known or any("\ud800" <= letter <= "\udfff" for letter in self.value):
+        if not known or (not any_bytes and any("\ud800" <= letter <= "\udfff" for letter in self.value)):
             raise self.error("text")
         return self.value
 

@@ -12,6 +12,7 @@ def test_values_in_their_range_come_back():
     assert [side.integer(1, 4) for side in content["size"].items(2)] == [3, 4]
     assert content["mean"].number(0, 1) == 0.5 and content["count"].number() == 7.0
     assert content["name"].text() == "é" and content["raw"].flag() is True and content["none"].value is None
+    assert Field("caf\udce9").text(any_bytes=True) == "caf\udce9"
     assert "none" in content and "more" not in content and len(list(content.fields())) == 6
 
 

@@ -156,7 +156,7 @@ def _checked(metadata: Field, state: dict[str, Tensor], path: Path) -> Weights:
     """The weights that metadata and tensors describe. Raises FieldError or RecipeError."""
     recipe = Recipe.from_toml(metadata["recipe"].text(), f"{path}: recipe")
     values = {key: Field.of_json(metadata[key].text(), key) for key in ("classes", "image_size", "mean", "std")}
-    classes = tuple(each.text() for each in values["classes"].items())
+    classes = tuple(each.text(any_bytes=True) for each in values["classes"].items())  # of folders, as a rule
     if not classes:
         raise values["classes"].error("names of classes")
     height, width = (side.integer(1, LARGEST_SIDE) for side in values["image_size"].items(2))
