@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import pickle
 import warnings
 import zipfile
@@ -37,20 +37,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """
     if path.exists():
         _read(path, mmap=True)
+    content = io.BytesIO()  # where PyTorch writes to a file itself, it keeps to itself what the disk answers
+    torch.save({"format": _FORMAT, "version": _VERSION, **state}, content)
     with atomic_path(path) as temporary:
-        try:
-            torch.save({"format": _FORMAT, "version": _VERSION, **state}, temporary)
-        except RuntimeError:
-            _ask_disk(temporary)
-            raise
-
-
-def _ask_disk(path: Path) -> None:
-    """Raise the OSError that PyTorch's writer keeps to itself, by adding to the file that it could not finish."""
-    with open(path, "ab") as file:
-        file.write(bytes(2**20))
-        file.flush()
-        os.fsync(file.fileno())
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
