@@ -24,7 +24,7 @@ from rsengine.errors import run_command
 from rsengine.kernels import explain
 from rsengine.run.checkpoint import load_checkpoint
 from rsengine.run.files import CHECKPOINT_FILE, RECIPE_FILE, remove_leftovers, write_atomically
-from rsengine.run.folder import RUNS, latest_run, locked, make_run_folder
+from rsengine.run.folder import RUNS, latest_run, locked, make_folder, make_run_folder
 from rsengine.run.initial import Initial, normalised_as, origin_of, read_initial
 from rsengine.run.progress import duration
 from rsengine.run.records import write_records
@@ -191,7 +191,7 @@ def _begin(trainer: Trainer, out: Path | None, held: contextlib.ExitStack) -> Pa
     """Make and hold the folder of a new run, now that nothing refuses it any more."""
     if out is None:
         out = make_run_folder(trainer.recipe.name)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     held.enter_context(locked(out, say))
     _check_free(out)  # another process may have had it meanwhile
     trainer.set_folder(out)

@@ -34,6 +34,19 @@ def test_a_file_system_that_cannot_flush_is_no_fault(refusing, tmp_path, number)
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
+def test_a_folder_that_cannot_be_read_is_left_and_a_file_is_a_fault(monkeypatch, tmp_path):
+    """As on Windows, where no folder can be opened, and in a folder that one may pass through and write to alone."""
+
+    def refuse(path, _flags):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(os, "open", refuse)
+    sync(tmp_path)
+    with pytest.raises(PermissionError):
+        sync(tmp_path / "file")
+
+
 def test_neither_is_it_in_a_conversion(refusing, tmp_path):
     refusing(errno.EINVAL)
     assert convert("digits", tmp_path / "out", progress=False, log=lambda line: None).train_count == 1438

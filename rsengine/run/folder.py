@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rsengine.data.errors import UserError
-from rsengine.run.files import CHECKPOINT_FILE, LOCK_FILE, RECIPE_FILE
+from rsengine.disk import sync
+from rsengine.run.files import CHECKPOINT_FILE, LOCK_FILE, RECIPE_FILE, writing
 
 try:
     import fcntl
@@ -29,16 +30,31 @@ class FolderError(UserError):
 
 def make_run_folder(name: str, now: datetime.datetime | None = None) -> Path:
     """Make ``runs/NAME-TIME`` for a run of the recipe ``name``, with a number behind it where others have that."""
-    RUNS.mkdir(exist_ok=True)
+    make_folder(RUNS)
     stem = f"{_word(name)}-{now or datetime.datetime.now():%Y%m%d-%H%M%S}"
     number = 1
     while True:
         folder = RUNS / (stem if number == 1 else f"{stem}-{number}")
-        try:
-            folder.mkdir()  # of several processes, one succeeds
-            return folder
-        except FileExistsError:
-            number += 1
+        with writing(folder):
+            try:
+                folder.mkdir()  # of several processes, one succeeds
+                sync(RUNS)
+                return folder
+            except FileExistsError:
+                number += 1
+
+
+def make_folder(folder: Path) -> None:
+    """Make ``folder``, and those above it that are missing, so that a power cut does not take away what is saved there.
+
+    Raises:
+        WriteError: the disk refuses it.
+    """
+    with writing(folder):
+        missing = [each for each in folder.absolute().parents if not each.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for each in [*missing, folder.absolute()]:
+            sync(each.parent)  # its name is there
 
 
 def latest_run(name: str) -> Path:
@@ -82,7 +98,8 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
 def _take(path: Path, say: Callable[[str], None]) -> int:
     """A descriptor of the lock file, held."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with writing(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if fcntl is None:
                 raise OSError("this system has none")

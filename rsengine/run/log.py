@@ -146,6 +146,7 @@ class RunLog:
         if self.path.exists():
             with writing(self.path):
                 sync(self.path)
+                sync(self.path.parent)  # its name: the file may be new
 
     def records(self, kind: str | None = None) -> list[dict[str, Any]]:
         """All records in the order written, or those of one kind; empty when nothing has been logged yet.

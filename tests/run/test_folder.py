@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rsengine.run import folder as module
+from rsengine.run.files import WriteError
 from rsengine.run.folder import FolderError, latest_run, locked, make_run_folder
 
 NOON = datetime.datetime(2030, 1, 2, 12)
@@ -147,3 +148,25 @@ def test_a_system_without_locks_runs_too(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"run: no lock on {tmp_path} (this system has none)")
+
+
+def test_the_names_of_new_folders_are_synced_up_to_the_first_that_was_there(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(module, "sync", lambda path: synced.append(Path(path)))
+    module.make_folder(tmp_path / "a" / "b" / "run")
+    assert sorted(synced) == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+    synced.clear()
+    module.make_folder(tmp_path / "a" / "b" / "run")
+    assert synced == [tmp_path / "a" / "b"]  # a killed process may have made it and not synced it
+    monkeypatch.chdir(tmp_path)
+    synced.clear()
+    folder = module.make_run_folder("toy")
+    assert (tmp_path / "runs").is_dir() and {path.resolve() for path in synced} == {tmp_path, tmp_path / "runs"}
+    assert folder.is_dir()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(WriteError, match=f"{path}: cannot be written"):
+            module.make_folder(path)
