@@ -28,7 +28,7 @@ from rsengine.run.initial import Initial
 from rsengine.run.log import EPOCH, INTERVAL, START, RunLog
 from rsengine.run.machine import machine, versions
 from rsengine.run.progress import Display
-from rsengine.run.recovery import copy_best, lost_records, renew
+from rsengine.run.recovery import copy_best, lost_records, renew, what_changed
 from rsengine.run.same_data import describe_data, refuse_other_data
 from rsengine.run.signals import StopRequest, stop_requests
 from rsengine.run.tensors import check_like
@@ -358,6 +358,8 @@ class Trainer:
         evaluated = [n for n in range(1, self.progress.epoch + 1) if n % train.evaluate_every == 0 or n == train.epochs]
         if lost := lost_records(self.log, step=self.steps_done, interval=train.log_interval, evaluated=evaluated):
             self.say(f"{self.log.path}: records are lost ({lost}); the report and the curves leave them out")
+        if changed := what_changed(self.log, self.execution):
+            self.say(f"resumed otherwise than before ({changed}): the run goes on, not bit for bit as without a stop")
         self._renew()
         self.resumed = True
 

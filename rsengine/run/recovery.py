@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from rsengine.config import Recipe
+from rsengine.device import Execution
 from rsengine.run.checkpoint import CheckpointError, load_checkpoint
 from rsengine.run.files import BEST_FILE, CHECKPOINT_FILE, RECIPE_FILE, WEIGHTS_FILE, atomic_path, write_atomically
 from rsengine.run.log import EPOCH, INTERVAL, START, RunLog
@@ -93,3 +94,15 @@ def lost_records(log: RunLog, *, step: int, interval: int, evaluated: Sequence[i
     found = {record.get("epoch") for record in log.records(EPOCH)}
     lost += [f"the evaluation after epoch {epoch}" for epoch in evaluated if epoch not in found]
     return ", ".join(lost[:MOST_NAMED]) + f" and {len(lost) - MOST_NAMED} more" * (len(lost) > MOST_NAMED)
+
+
+def what_changed(log: RunLog, execution: Execution) -> str:
+    """How this process differs from the last one that worked on the run so that sums are rounded in another order or
+    to another precision; or nothing."""
+    starts = log.records(START)
+    now = {"device": execution.device.type, "precision": execution.precision}
+    if execution.device.type == "cpu":
+        now["threads"] = execution.threads
+    before = starts[-1] if starts else {}
+    changed = [name for name, value in now.items() if before.get(name, value) != value]
+    return ", ".join(f"{name} {before[name]}, now {now[name]}" for name in changed)
