@@ -89,9 +89,10 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())  # Windows has no pwrite
         yield
     finally:
-        # Before it is let go: whoever opened it meanwhile sees that it is another file. Windows removes no open file.
-        with contextlib.suppress(PermissionError):
-            path.unlink(missing_ok=True)
+        # Before it is let go: whoever opened it meanwhile sees that it is another file. One left there, as on Windows,
+        # which removes no open file, holds nothing, and the next process takes it over.
+        with contextlib.suppress(OSError):
+            path.unlink()
         os.close(descriptor)
 
 

@@ -170,3 +170,20 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(WriteError, match=f"{path}: cannot be written"):
             module.make_folder(path)
+
+
+def test_a_lock_that_cannot_be_made_is_one_line_and_one_that_cannot_be_removed_is_left(tmp_path, monkeypatch):
+    def refuse(*_args, **_options):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(WriteError, match="cannot be written"), locked(tmp_path, print):
+            raise AssertionError
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with locked(tmp_path, print):
+            pass
+    assert (tmp_path / ".lock").exists()
+    with locked(tmp_path, print):  # nobody holds it
+        pass
