@@ -24,7 +24,7 @@ from rsengine.data.sources.open import DIGITS, is_named, place_of, source_name
 from rsengine.data.sources.torchvision_sets import PREFIX, fetch
 from rsengine.data.sources.tree import walk
 from rsengine.data.staging import put_back
-from rsengine.temporaries import remove_abandoned, temporary_folder
+from rsengine.temporaries import remove_abandoned, remove_folders, temporary_folder
 
 VARIABLE = "RSENGINE_DATA"
 LOCAL_FOLDER = "data"
@@ -191,6 +191,7 @@ def download_cifar10(log: Callable[[str], None]) -> Path:
     """
     layout = BY_ARCHIVE[URL.rpartition("/")[2]]
     target = cache_folder() / "downloads" / layout.archive
+    remove_folders("download", target.parent)
     if target.is_file() and file_digest(target, "md5") == layout.md5:
         return target
     if (problem := network_problem()) is not None:

@@ -77,14 +77,20 @@ def temporary_folder(purpose: str, parent: Path | None = None) -> Iterator[Path]
     Before, those that dead processes left there for the same ``purpose`` are removed.
     """
     parent = parent or Path(tempfile.gettempdir())
-    start = f".rsengine-{purpose}-"
-    remove_abandoned(parent, re.compile(rf"{re.escape(start)}(?P<pid>\d+)-\w+"))
-    prefix = f"{start}{os.getpid()}-"
+    remove_folders(purpose, parent)
+    prefix = f".rsengine-{purpose}-{os.getpid()}-"
     with (
         tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True) as name,
         locked(Path(name)),
     ):
         yield Path(name)
+
+
+def remove_folders(purpose: str, parent: Path | None = None) -> None:
+    """Remove what dead processes left of :func:`temporary_folder`. Whoever may need none this time calls this alone:
+    the dead may have had all done but the removal."""
+    start = re.escape(f".rsengine-{purpose}-")
+    remove_abandoned(parent or Path(tempfile.gettempdir()), re.compile(rf"{start}(?P<pid>\d+)-\w+"))
 
 
 @contextlib.contextmanager

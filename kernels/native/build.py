@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rsengine.cache import cache_folder
 from rsengine.processor import features
-from rsengine.temporaries import remove_abandoned, temporary_folder
+from rsengine.temporaries import remove_abandoned, remove_folders, temporary_folder
 
 SOURCES = [Path(__file__).with_name(name) for name in ("passes.c", "passes.h")]
 # No -ffast-math: NaN must stay NaN. Channels are added up side by side, which needs no reordering of sums.
@@ -51,6 +51,7 @@ def built() -> Iterator[tuple[Path, str]]:
     folder = cache_folder() / "native"
     doubt = _prepare(folder)
     if not doubt and (kept := _kept(folder, key)) is not None:
+        remove_folders("native")
         yield kept, f"{name} has compiled the passes for this processor ({kept})"
         return
     with temporary_folder("native") as private:
