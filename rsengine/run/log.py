@@ -166,11 +166,11 @@ class RunLog:
             The number of lines dropped.
 
         Raises:
-            LogError: a line with a record behind it is none itself; the file is then left as it is.
+            LogError: a line with a record behind it that would stay is none itself; the file is then left as it is.
         """
         if not self.path.exists():
             return 0
-        lines = self._lines()
+        lines = self._lines(step)
         doubled = _doubled(lines)
         kept = [line for i, (line, record) in enumerate(lines) if record["step"] <= step and i not in doubled]
         old = self.path.read_bytes()
@@ -189,9 +189,10 @@ class RunLog:
             except FieldError as error:
                 raise self._damaged(number, str(error)) from error
 
-    def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:
+    def _lines(self, until: int | None = None) -> list[tuple[bytes, dict[str, Any]]]:
         """Every record, as the bytes of its line with the newline and parsed; not what a kill or a power cut left
-        behind the last one."""
+        behind the last one, and with ``until`` not what it left behind the last of a step up to that: of what was not
+        synced, a power cut may take the middle and leave the end."""
         if not self.path.exists():
             return []
         found: list[tuple[bytes, dict[str, Any]]] = []
@@ -205,7 +206,9 @@ class RunLog:
                 damage = damage or self._damaged(number, str(error))
                 continue
             if damage is not None:  # not at the end: a record that somebody will look for is lost
-                raise damage
+                if until is None or record["step"] <= until:
+                    raise damage
+                continue
             found.append((line + b"\n", record))
         return found
 

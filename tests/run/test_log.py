@@ -89,7 +89,7 @@ def test_damage_before_the_last_line_is_an_error_that_names_the_line(tmp_path, d
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
         log.records()
     with pytest.raises(ValueError, match="line 2"):
-        log.truncate_after(0)
+        log.truncate_after(2)
     assert log.path.read_bytes() == before
 
 
@@ -194,3 +194,15 @@ def test_a_killed_writer_loses_no_record_it_had_appended(tmp_path):
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert result.returncode == -9
     assert _steps(RunLog(tmp_path)) == list(range(50))
+
+
+def test_a_hole_that_a_power_cut_left_behind_what_was_synced_goes_at_the_resume(tmp_path):
+    log = RunLog(tmp_path)
+    for step in (1, 2, 3, 4):
+        log.append({"kind": "interval", "step": step})
+    first, second, third, fourth = log.path.read_bytes().splitlines(keepends=True)
+    log.path.write_bytes(first + bytes(len(second)) + third + fourth)
+    with pytest.raises(runlog.LogError):
+        log.truncate_after(4)  # a record that is needed lies behind it
+    assert log.truncate_after(3) == 2
+    assert log.path.read_bytes() == first
