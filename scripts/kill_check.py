@@ -23,7 +23,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,13 @@ from safetensors.torch import load_file
 
 from rsengine import train
 from rsengine.data import find_dataset
+from rsengine.input.choose import ffcv_problem
 from rsengine.run.checkpoint import load_checkpoint
 from rsengine.run.files import BEST_FILE, CHECKPOINT_FILE, RECIPE_FILE, REPORT_FILE, WEIGHTS_FILE
 from rsengine.run.log import EPOCH, START, RunLog
 
 ROOT = Path(__file__).resolve().parent.parent
-if find_spec("ffcv"):
-    import ffcv.loader  # noqa: F401
+ffcv_problem()  # imports FFCV where it can be
 
 EPOCHS, STEPS = 8, 8
 SETTINGS = [

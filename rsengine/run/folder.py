@@ -7,13 +7,13 @@ import datetime
 import os
 import re
 import socket
-import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rsengine.data.errors import UserError
 from rsengine.disk import sync
 from rsengine.run.files import CHECKPOINT_FILE, LOCK_FILE, RECIPE_FILE, writing
+from rsengine.text import parse_toml
 
 try:
     import fcntl
@@ -134,7 +134,7 @@ def _word(name: str) -> str:
 def _name_in(folder: Path, otherwise: str) -> str:
     """The recipe's name in a run folder: two names may give the same word."""
     try:
-        name = tomllib.loads((folder / RECIPE_FILE).read_text("utf-8")).get("name", otherwise)
+        name = parse_toml((folder / RECIPE_FILE).read_text("utf-8")).get("name", otherwise)
     except (OSError, ValueError):
         return otherwise
     return name

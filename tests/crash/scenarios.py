@@ -109,11 +109,13 @@ SCENARIOS: dict[str, Callable[..., int]] = {each.__name__: each for each in _ALL
 def main(name: str, folder: str, arguments: str, faults: str) -> None:
     run = SCENARIOS[name]
     if name == "train":  # what a run imports late
-        import ffcv.loader  # noqa: F401
         import matplotlib.pyplot  # noqa: F401
         import torch._dynamo  # noqa: F401
 
         from rsengine import train as _  # noqa: F401
+        from rsengine.input.choose import ffcv_problem
+
+        ffcv_problem()  # imports FFCV where it can be
     recorder = ctypes.CDLL(None)
     recorder.recorder_begin.argtypes = ctypes.c_long, ctypes.c_int
     os.environ["RECORDER_ON"] = "1"  # in processes that are started from here

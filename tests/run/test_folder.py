@@ -54,6 +54,13 @@ def holder(tmp_path):
     process.communicate()
 
 
+@pytest.mark.parametrize("recipe", ["name = " + "[" * 5000, "name = ", 'name = "' + "x" * 70_000])
+def test_a_recipe_that_cannot_be_read_hides_no_run(runs, recipe):
+    folder = runs("runs/toy-20300102-120000")
+    (folder / "recipe.toml").write_text(recipe)
+    assert latest_run("toy") == folder
+
+
 def test_runs_of_one_second_get_a_folder_each(runs):
     with ThreadPoolExecutor(8) as threads:
         folders = list(threads.map(lambda _: make_run_folder("toy", NOON), range(12)))
