@@ -23,7 +23,14 @@ from rsengine.engine.graph import explain_step
 from rsengine.errors import run_command
 from rsengine.kernels import explain
 from rsengine.run.checkpoint import load_checkpoint
-from rsengine.run.files import CHECKPOINT_FILE, RECIPE_FILE, remove_leftovers, write_atomically
+from rsengine.run.files import (
+    BEST_FILE,
+    CHECKPOINT_FILE,
+    RECIPE_FILE,
+    WEIGHTS_FILE,
+    remove_leftovers,
+    write_atomically,
+)
 from rsengine.run.folder import RUNS, latest_run, locked, make_folder, make_run_folder
 from rsengine.run.initial import Initial, normalised_as, origin_of, read_initial
 from rsengine.run.progress import duration
@@ -138,6 +145,8 @@ def _announce(trainer: Trainer, dataset: Dataset, steps: str) -> None:
     if recipe.train.frozen_parts:
         parts, trained = ", ".join(recipe.train.frozen_parts), sum(p.numel() for p in trainer.step.update.params)
         say(f"frozen: {parts}, with batch norm in evaluation mode; {trained:,} parameters are trained")
+        if trainer.origin is None:
+            say("frozen: these parts keep their random weights; --init begins with weights that were trained")
     if trainer.resumed:
         say(f"resumed at step {trainer.steps_done} of {trainer.total_steps}")
 
@@ -185,6 +194,9 @@ def _saved(arguments: argparse.Namespace, out: Path) -> tuple[dict[str, Any], Re
 def _check_free(out: Path) -> None:
     if (out / CHECKPOINT_FILE).exists():
         raise UsageError(f"--out {out}: holds a run already; add --resume to go on with it, or name another folder")
+    for name in (BEST_FILE, WEIGHTS_FILE):  # of a run whose checkpoint is gone
+        if (out / name).exists():
+            raise UsageError(f"--out {out}: holds the {name} of an earlier run; name another folder")
 
 
 def _begin(trainer: Trainer, out: Path | None, held: contextlib.ExitStack) -> Path:

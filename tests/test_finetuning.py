@@ -80,7 +80,7 @@ def test_a_run_begins_with_the_weights_and_the_normalisation_of_another(tune, ba
     assert tune("--set=train.freeze=stem,stage1", "--set=optimizer.body_rate=0") == 0
     output = capsys.readouterr().out
     assert "a new classifier for 2 classes, because that of the weights has 3" in output
-    assert "frozen: stem, stage1, with batch norm in evaluation mode; " in output
+    assert "frozen: stem, stage1, with batch norm in evaluation mode; " in output and "random weights" not in output
     before, after, state = load_weights(base), load_weights("tuned"), state_of("tuned")
     assert after.recipe.model == before.recipe.model == Recipe.from_toml(RECIPE).model
     assert (after.mean, after.std) == (before.mean, before.std) and other_dataset.mean != before.mean
@@ -199,3 +199,8 @@ def test_the_recipe_may_be_given_where_its_network_is_that_of_the_weights(tune, 
     (tmp_path / "own.toml").write_text(RECIPE.replace("drop_path = 0.1", "drop_path = 0.2\ndropout = 0.1"))
     assert tune("--recipe", "own.toml", "--epochs=1") == 0
     assert Recipe.from_toml(Path("tuned/recipe.toml").read_text()).model.drop_path == 0.2
+
+
+def test_frozen_parts_of_random_weights_are_said(tune, capsys):
+    assert tune("--set=train.freeze=stem", "--epochs=1", init=None) == 0
+    assert "frozen: these parts keep their random weights; --init begins with" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -306,6 +307,22 @@ def test_a_run_is_not_overwritten_and_its_recipe_and_data_cannot_change(toy, cap
     monkeypatch.setenv("RSENGINE_CACHE", str(tmp_path / "cache"))
     assert toy("--epochs", "1", "--resume", "--data", str(tmp_path / "other")) == 2
     assert "the run was on other data" in capsys.readouterr().err
+
+
+def test_without_its_checkpoint_a_run_is_not_overwritten_either(toy, capsys):
+    assert toy() == 0
+    checkpoint, best, weights = (Path("run", name) for name in ("checkpoint.pt", "best.pt", "weights.safetensors"))
+    kept = best.read_bytes(), weights.read_bytes(), Path("run", "metrics.jsonl").read_bytes()
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    for _ in range(2):  # damaged, then removed
+        assert toy("--resume") == 2
+        assert "copy best.pt over it to go on from the best epoch" in capsys.readouterr().err
+        checkpoint.unlink(missing_ok=True)
+        assert toy() == 2
+        assert "holds the best.pt of an earlier run; name another folder" in capsys.readouterr().err
+    assert kept == (best.read_bytes(), weights.read_bytes(), Path("run", "metrics.jsonl").read_bytes())
+    shutil.copy(best, checkpoint)
+    assert toy("--resume") == 0  # as the message says
 
 
 def test_a_finished_run_resumed_says_its_result_again(toy, capsys):

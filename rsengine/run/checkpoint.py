@@ -14,13 +14,12 @@ import torch
 from rsengine.checked import Field, FieldError, shown
 from rsengine.config import MOST_EPOCHS
 from rsengine.data.errors import UserError
-from rsengine.run.files import atomic_path
+from rsengine.run.files import BEST_FILE, atomic_path
 from rsengine.run.tensors import is_plain
 
 _FORMAT = "rsengine-checkpoint"
 _VERSION = 1
 _MOST = 2**53  # steps and images of a run: no run has as many, and floats hold these exactly
-_OTHER = "use another checkpoint or move it out of the way"
 _KEYS = ("recipe", "versions", "dataset", "epoch", "batch", "seconds", "totals", "best", "step", "rng")
 
 
@@ -52,11 +51,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             of another type or out of its range.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no checkpoint there; start the run without --resume")
+        otherwise = "start the run without --resume"
+        raise CheckpointError(f"{path}: no checkpoint there; {_from_best(path) or otherwise}")
     state = _read(path)
     missing = [key for key in _KEYS if key not in state]
     if missing:
-        raise CheckpointError(f"{path}: incomplete, it lacks {', '.join(missing)}; use another checkpoint")
+        raise CheckpointError(f"{path}: incomplete, it lacks {', '.join(missing)}; {_remedy(path)}")
     try:
         _check(Field(state))
     except FieldError as error:
@@ -66,7 +66,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def damaged(path: Path, error: FieldError) -> CheckpointError:
     """The error for a checkpoint with a wrong field."""
-    return CheckpointError(f"{path}: {error}; {_OTHER}")
+    return CheckpointError(f"{path}: {error}; {_remedy(path)}")
 
 
 def _check(state: Field) -> None:
@@ -118,6 +118,16 @@ def _is_bytes(value: object) -> bool:
     return is_plain(value) and value.dtype == torch.uint8 and value.dim() == 1
 
 
+def _remedy(path: Path) -> str:
+    return _from_best(path) or "start a new run with another --out"
+
+
+def _from_best(path: Path) -> str:
+    """What to do without the checkpoint ``path``, where there is that of the best epoch; else nothing."""
+    best = path.with_name(BEST_FILE)
+    return f"copy {best.name} over it to go on from the best epoch" if path != best and best.is_file() else ""
+
+
 def _read(path: Path, mmap: bool = False) -> dict[str, Any]:
     try:
         if not mmap:
@@ -130,7 +140,7 @@ def _read(path: Path, mmap: bool = False) -> dict[str, Any]:
                     raise ValueError("it would grow when it is unpacked")
                 wrong = archive.testzip()  # torch.load does not check the sums
             if wrong is not None:
-                raise CheckpointError(f"{path}: damaged (checksum of {wrong}); use another checkpoint or remove it")
+                raise CheckpointError(f"{path}: damaged (checksum of {wrong}); {_remedy(path)}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tensors that only a forged one holds
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -142,7 +152,7 @@ def _read(path: Path, mmap: bool = False) -> dict[str, Any]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, pickle.UnpicklingError):  # of which PyTorch says much
             reason = "it holds other than tensors and plain values"
-        raise CheckpointError(f"{path}: truncated or not a checkpoint ({reason[:120]}); {_OTHER}") from error
+        raise CheckpointError(f"{path}: truncated or not a checkpoint ({reason[:120]}); {_remedy(path)}") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of rsengine; move it out of the way or choose another --out")
     version = state.get("version")
