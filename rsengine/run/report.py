@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rsengine.run.files import AUGMENTED_FILE, CONFUSION_FILE, CURVES_FILE, METRICS_FILE, REPORT_FILE, write_atomically
+from rsengine.run.formats import NONE, count, fixed, known, percent, significant
 from rsengine.run.log import EPOCH, INTERVAL, START, RunLog, accuracy
 from rsengine.run.progress import duration
 
@@ -22,7 +23,6 @@ _PICTURES = {
     AUGMENTED_FILE: "Training images before and after augmentation",
 }
 _TABLE_ROWS = 42  # about 40; two more let 200 epochs be shown as 1, 5, 10, …, 200
-_NONE = "–"
 
 
 def write_report(
@@ -106,8 +106,8 @@ def _headline(
             continue
         # The last epoch is the result, because nothing about the test set had a part in choosing it.
         last, best = tested[-1], max(tested, key=lambda record: record[field])
-        rows.append((f"**Test accuracy, {name}**", f"**{_percent(last[field])}** after epoch {last['epoch']}"))
-        rows.append((f"Best test accuracy, {name}", f"{_percent(best[field])} after epoch {best['epoch']} ¹"))
+        rows.append((f"**Test accuracy, {name}**", f"**{percent(last[field])}** after epoch {last['epoch']}"))
+        rows.append((f"Best test accuracy, {name}", f"{percent(best[field])} after epoch {best['epoch']} ¹"))
     rows.append(("Epochs", f"{done} of {planned} planned"))
     rows += _speed_rows(starts, intervals, epochs)
 
@@ -134,7 +134,7 @@ def _speed_rows(
         evaluation = duration(sum(record["eval_seconds"] for record in epochs))
         rows.append(("Training time", f"{duration(epochs[-1]['seconds'])}, of which evaluation {evaluation}"))
     if intervals:
-        rate = _count(statistics.median(record["images_per_second"] for record in intervals))
+        rate = count(statistics.median(record["images_per_second"] for record in intervals))
         of = f"{len(intervals)} log interval{'' if len(intervals) == 1 else 's'}"
         rows.append(("Images per second", f"{rate}, median of {of}"))
     if not starts:
@@ -155,15 +155,15 @@ def _epoch_table(epochs: list[dict[str, Any]]) -> list[str]:
     shown, stride = _thinned(epochs)
     columns = [
         ("Epoch", lambda r: str(r["epoch"])),
-        ("Train loss", lambda r: _fixed(r["train_loss"], 4)),
-        ("Train acc.", lambda r: _percent(r["train_accuracy"])),
-        ("Test loss", lambda r: _fixed(r["test_loss"], 4)),
-        ("Test acc.", lambda r: _percent(r["test_accuracy"])),
-        ("Test loss, EMA", lambda r: _fixed(r["test_loss_ema"], 4)),
-        ("Test acc., EMA", lambda r: _percent(r["test_accuracy_ema"])),
-        ("Learning rate", lambda r: _significant(r["learning_rate"])),
-        ("Images/s", lambda r: _count(r["images_per_second"])),
-        ("Seconds", lambda r: _fixed(r["seconds"], 1)),
+        ("Train loss", lambda r: fixed(r["train_loss"], 4)),
+        ("Train acc.", lambda r: percent(r["train_accuracy"])),
+        ("Test loss", lambda r: fixed(r["test_loss"], 4)),
+        ("Test acc.", lambda r: percent(r["test_accuracy"])),
+        ("Test loss, EMA", lambda r: fixed(r["test_loss_ema"], 4)),
+        ("Test acc., EMA", lambda r: percent(r["test_accuracy_ema"])),
+        ("Learning rate", lambda r: significant(r["learning_rate"])),
+        ("Images/s", lambda r: count(r["images_per_second"])),
+        ("Seconds", lambda r: fixed(r["seconds"], 1)),
     ]
     rows = [tuple(cell(record) for _, cell in columns) for record in shown]
     table = _table([name for name, _ in columns], rows, align="right")
@@ -194,12 +194,12 @@ def _class_tables(matrix: np.ndarray, classes: Sequence[str]) -> list[str]:
     totals = matrix.sum(axis=1)
     right = np.diagonal(matrix)
     rows = [
-        (_plain(name), _percent(right[i] / totals[i]) if totals[i] else _NONE, _count(totals[i]))
+        (_plain(name), percent(right[i] / totals[i]) if totals[i] else NONE, count(totals[i]))
         for i, name in enumerate(classes)
     ]
     head = ("Class", "Accuracy", "Test images")
     images = int(totals.sum())
-    overall = f" Over all {images:,} test images: {_percent(right.sum() / images)}." if images else ""
+    overall = f" Over all {images:,} test images: {percent(right.sum() / images)}." if images else ""
     if len(rows) <= 20:
         return [f"Accuracy of each class.{overall}", _table(head, rows, align="right")]
     tested = [i for i in range(len(rows)) if totals[i]]
@@ -228,10 +228,10 @@ def _confusions(matrix: np.ndarray, classes: Sequence[str]) -> list[str]:
     order = np.argsort(-wrong, axis=None, kind="stable")[:5]
     rows = []
     for true, predicted in zip(*np.unravel_index(order, wrong.shape), strict=True):
-        count = wrong[true, predicted]
-        if count:
-            share = _percent(count / matrix[true].sum())
-            rows.append((_plain(classes[true]), _plain(classes[predicted]), _count(count), share))
+        images = wrong[true, predicted]
+        if images:
+            share = percent(images / matrix[true].sum())
+            rows.append((_plain(classes[true]), _plain(classes[predicted]), count(images), share))
     if not rows:
         return ["No test image was misclassified."]
     head = ("True class", "Predicted as", "Images", "Of the true class")
@@ -242,14 +242,14 @@ def _machine_table(starts: list[dict[str, Any]]) -> list[str]:
     if not starts:
         return ["The log has lost what it said of them."]
     here, packages = starts[-1]["machine"], starts[-1]["versions"]
-    rows = [("Processor", _known(here.get("processor")))]
+    rows = [("Processor", known(here.get("processor")))]
     physical, logical = here.get("physical_cores"), here.get("logical_cores")
-    cores = f"{_known(logical)} logical" + (f" on {physical} physical" if physical else "")
+    cores = f"{known(logical)} logical" + (f" on {physical} physical" if physical else "")
     rows.append(("Cores usable", cores))
     ram = here.get("ram_gib")
-    rows.append(("Memory", f"{ram:.1f} GiB" if ram is not None else _NONE))
+    rows.append(("Memory", f"{ram:.1f} GiB" if ram is not None else NONE))
     rows.append(("GPU", ", ".join(here.get("gpus") or []) or "none"))
-    rows += [("System", _known(here.get("os"))), ("Python", _known(here.get("python")))]
+    rows += [("System", known(here.get("os"))), ("Python", known(here.get("python")))]
     rows += [(name, version or "not installed") for name, version in packages.items()]
     return [_table(("", ""), [(name, _plain(value)) for name, value in rows])]
 
@@ -277,34 +277,3 @@ def _fenced(text: str, language: str) -> str:
 def _plain(words: Any) -> str:
     """Text that Markdown prints as it is, on one line and in one table cell."""
     return re.sub(r"([\\`*<\[|])", r"\\\1", " ".join(str(words).split()))
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
-
-
-def _known(value: Any) -> str:
-    return _NONE if value is None or value == "" else str(value)
-
-
-def _percent(fraction: Any) -> str:
-    number = _number(fraction)
-    return _NONE if number is None else f"{100 * number:.2f} %"
-
-
-def _fixed(value: Any, digits: int) -> str:
-    number = _number(value)
-    return _NONE if number is None else f"{number:,.{digits}f}"
-
-
-def _significant(value: Any) -> str:
-    number = _number(value)
-    return _NONE if number is None else f"{number:.4g}"
-
-
-def _count(value: Any) -> str:
-    """A count or a rate, in three significant digits or more: ``1,234``, ``12.3``."""
-    number = _number(value)
-    if number is None:
-        return _NONE
-    return f"{number:,.0f}" if number >= 100 or number == int(number) else f"{number:.3g}"
