@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rsengine.device import Execution
 from rsengine.engine.graph import CapturedStep
+from rsengine.engine.predictions import Predictions, joined, one_batch
 from rsengine.kernels import label_smoothed_cross_entropy
 from rsengine.model.preprocess import Preprocess
 
@@ -23,6 +24,7 @@ class Evaluation:
     loss: float  # mean over images
     accuracy: float  # 0 to 1
     confusion: np.ndarray  # (C, C) int64, rows: true class, columns: predicted
+    predictions: Predictions | None = None  # for each image, where they were asked for
 
     @property
     def images(self) -> int:
@@ -54,6 +56,7 @@ class EvaluationStep:
         self.losses = {name: torch.zeros((), dtype=torch.float64, device=device) for name in models}
         cells = num_classes**2
         self.confusions = {name: torch.zeros(cells, dtype=torch.int64, device=device) for name in models}
+        self._each: dict[str, list[tuple[Tensor, ...]]] | None = None  # predictions by batch, while they are kept
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, labels: Tensor) -> None:
@@ -65,6 +68,8 @@ class EvaluationStep:
             self.losses[name].add_(loss.double())
             cells = labels * self.num_classes + logits.argmax(dim=1)
             self.confusions[name].scatter_add_(0, cells, torch.ones_like(cells))  # bincount would wait for the device
+            if self._each is not None:
+                self._each[name].append(one_batch(logits, labels))
 
     def state_tensors(self) -> list[Tensor]:
         """What a call changes and keeps, always at the same addresses."""
@@ -83,7 +88,11 @@ class EvaluationStep:
                 module.training = training
 
     def measure(
-        self, batches: Iterable[tuple[Tensor, Tensor]], captured: CapturedStep | None = None
+        self,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        captured: CapturedStep | None = None,
+        *,
+        predictions: bool = False,
     ) -> dict[str, Evaluation]:
         """Measure the networks on ``batches``, whose last may be smaller. Waits for the device once, at the end.
 
@@ -91,20 +100,27 @@ class EvaluationStep:
 
         Args:
             captured: this step, captured. It is used for batches of its size, and the step itself for others.
+            predictions: keep what the networks say of each image too. A captured step cannot, and is not used then.
         """
         for tensor in self.state_tensors():  # of an evaluation that was interrupted
             tensor.zero_()
         device = self.execution.device
-        with self.evaluation_mode():
-            for images, labels in batches:
-                fits = captured is not None and images.shape == captured.inputs[0].shape
-                (captured if fits else self)(images.to(device), labels.to(device))
-        return self._results()
+        self._each = {name: [] for name in self.models} if predictions else None
+        try:
+            with self.evaluation_mode():
+                for images, labels in batches:
+                    fits = captured is not None and not predictions and images.shape == captured.inputs[0].shape
+                    (captured if fits else self)(images.to(device), labels.to(device))
+            return self._results()
+        finally:
+            self._each = None
 
     def _results(self) -> dict[str, Evaluation]:
         results = {}
         for name in self.models:
             confusion = self.confusions[name].reshape(self.num_classes, self.num_classes).cpu().numpy().copy()
             count = max(int(confusion.sum()), 1)
-            results[name] = Evaluation(float(self.losses[name]) / count, float(np.trace(confusion)) / count, confusion)
+            loss, accuracy = float(self.losses[name]) / count, float(np.trace(confusion)) / count
+            each = joined(self._each[name]) if self._each and self._each[name] else None
+            results[name] = Evaluation(loss, accuracy, confusion, each)
         return results

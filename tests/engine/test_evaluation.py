@@ -76,3 +76,15 @@ def test_the_mode_comes_back_after_an_error():
     with pytest.raises(RuntimeError):
         EvaluationStep({"m": model}, PREPROCESS, FP32, 4).measure([batch])
     assert model.training
+
+
+def test_predictions_are_kept_only_where_asked_for_and_in_the_order_of_the_set():
+    model, (images, labels) = network(), data()
+    step = EvaluationStep({"m": model}, PREPROCESS, FP32, 4)
+    result = step.measure(batched(10), predictions=True)["m"]
+    logits = model.eval()(PREPROCESS(images)).detach()
+    assert result.predictions.labels.tolist() == labels.tolist()
+    assert result.predictions.predicted.tolist() == logits.argmax(1).tolist()
+    assert result.predictions.probability == pytest.approx(logits.softmax(1).amax(1).numpy(), rel=1e-5)
+    again = step.measure(batched(10))["m"]
+    assert again.predictions is None and again.accuracy == result.accuracy
