@@ -104,6 +104,7 @@ class Trainer:
         self.result: dict[str, Evaluation] = {}  # of the last evaluation in this process
         self.resumed = False
         self._first_step_pending = True
+        self._saving = 0.0  # seconds, since the last record
 
     def set_folder(self, out: Path) -> None:
         """Name the run folder."""
@@ -165,10 +166,13 @@ class Trainer:
         """Train for the rest of the current epoch. Returns False if it was stopped before the end."""
         progress, interval = self.progress, self.recipe.train.log_interval
         started = saved = time.perf_counter()
-        interval_steps = 0
+        interval_steps, waited = 0, 0.0
         with contextlib.closing(self.batches.train_epoch(progress.epoch, progress.batch)) as batches:
             while progress.batch < self.steps_per_epoch:
-                step(*next(batches))
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - asked
+                step(*batch)
                 progress.batch += 1
                 interval_steps += 1
                 display.advance()
@@ -183,8 +187,8 @@ class Trainer:
                 stopping = stop.signal != 0  # read once: a signal may come between any two lines
                 last = progress.batch == self.steps_per_epoch
                 if interval_steps == interval or last or stopping or checkpoint_due:
-                    started = self._record_interval(display, started)
-                    interval_steps = 0
+                    started = self._record_interval(display, started, waited)
+                    interval_steps, waited = 0, 0.0
                 if stopping:  # also at the end of an epoch: an evaluation may take long
                     return False
                 if checkpoint_due and not last:
@@ -210,6 +214,7 @@ class Trainer:
             "step": self.steps_done,
             "train_loss": progress.loss / progress.images,
             "train_accuracy": progress.correct / progress.images,
+            "test_images": raw.images,
             "test_loss": raw.loss,
             "test_accuracy": raw.accuracy,
             "test_loss_ema": ema.loss if ema else None,
@@ -233,8 +238,10 @@ class Trainer:
             copy_best(self.out)
 
     def evaluate(self) -> dict[str, Evaluation]:
-        """Measure the network and, if there is one, its EMA on the test set. The result is kept in :attr:`result`."""
-        self.result = self.evaluation.measure(self.batches.test_epoch(), self.captured_evaluation)
+        """Measure the network and, if there is one, its EMA on the test set. The result is kept in :attr:`result`, at
+        the end of the run with what they say of each image, which the records show."""
+        last = self.progress.epoch + 1 >= self.recipe.train.epochs
+        self.result = self.evaluation.measure(self.batches.test_epoch(), self.captured_evaluation, predictions=last)
         return self.result
 
     # --- records ------------------------------------------------------------------------------------------------------
@@ -256,13 +263,22 @@ class Trainer:
                 "compiled": self.compile,
                 "resumed": self.resumed,
                 "origin": self.origin,
+                "data": {
+                    "name": self.dataset.name,
+                    "identity": self.dataset.identity,
+                    "train_images": self.dataset.train_count,
+                    "test_images": self.dataset.test_count,
+                },
                 "machine": machine(),
                 "versions": versions(),
             }
         )
 
-    def _record_interval(self, display: Display, started: float) -> float:
-        """Read the step's sums, add them to the epoch's and log them. Raises if a loss was bad. Returns the time."""
+    def _record_interval(self, display: Display, started: float, waited: float) -> float:
+        """Read the step's sums, add them to the epoch's and log them. Raises if a loss was bad. Returns the time.
+
+        ``waited``: seconds since ``started`` in which the loop waited for batches.
+        """
         totals = self.step.read_totals()
         now = time.perf_counter()
         seconds, progress = now - started, self.progress
@@ -282,7 +298,10 @@ class Trainer:
             "learning_rate": float(self.step.update.learning_rates[self.steps_done - 1]),
             "images_per_second": totals.images / seconds,
             "seconds": progress.seconds,
+            "loader_seconds": waited,
+            "checkpoint_seconds": self._saving,
         }
+        self._saving = 0.0
         self.log.append(record)
         display.interval(progress.epoch + 1, record)
         return now
@@ -323,11 +342,13 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint and, once an epoch is done, the weights to use. Refuses weights that are not finite."""
+        started = time.perf_counter()
         self._check_weights()
         self.log.sync()  # first: a resume counts on the records of what is done
         save_checkpoint(self.out / CHECKPOINT_FILE, self._state())
         if self.progress.batch == 0:
             save_weights(self.out, self._result_model, self.recipe, self.dataset)
+        self._saving += time.perf_counter() - started
 
     def restore(self, state: dict[str, Any]) -> None:
         """Resume from a checkpoint. Raises :class:`CheckpointError` if it is of another data set or network."""

@@ -50,7 +50,7 @@ SETTINGS = [
     "train.log_interval=1",
     "train.checkpoint_minutes=0.0005",
 ]
-TIMES = {"seconds", "epoch_seconds", "eval_seconds", "images_per_second"}
+TIMES = {"seconds", "epoch_seconds", "eval_seconds", "images_per_second", "loader_seconds", "checkpoint_seconds"}
 MOMENTS = {"start": 2, "training": 4, "saving": 4, "records": 1}  # how often a kill aims at each
 COMMAND_EVERY = 8
 LONGEST = 120.0  # seconds for one process

@@ -119,6 +119,12 @@ def test_a_run_learns_and_leaves_every_record(toy, capsys, toy_dataset):
     assert epochs[-1]["train_loss"] < epochs[0]["train_loss"]
     assert all(e["images_per_second"] > 0 and e["seconds"] > 0 for e in epochs)
     assert [r["step"] for r in log.records("interval")] == [4, 8, 9, 13, 17, 18, 22, 26, 27]
+    for record in log.records("interval"):
+        images = 16 * (4 if record["step"] % 9 in (4, 8) else 1)
+        assert 0 < record["loader_seconds"] < images / record["images_per_second"]
+        assert (record["checkpoint_seconds"] > 0) == (record["step"] in (13, 22))  # after that of an epoch
+    assert start["data"]["test_images"] == epochs[-1]["test_images"] == 21 and start["data"]["train_images"] == 150
+    assert start["data"]["name"] == toy_dataset.name and len(start["data"]["identity"]) == 64
     assert start["time_to_first_step"] > 0 and start["precision"] in ("bf16", "fp32") and not start["resumed"]
     report = Path("run/report.md").read_text()
     assert f"{epochs[-1]['test_accuracy_ema']:.2%}".rstrip("%") in report and "curves.png" in report

@@ -11,16 +11,18 @@ Every record has ``kind`` and ``step`` (optimiser steps done when it was written
     One for each process that worked on the run: ``step`` (0, or the step resumed from), ``time_to_first_step``
     (seconds from the command to the end of the first optimiser step), ``device``, ``precision``, ``threads``,
     ``resumed``; optionally ``origin`` (of the weights that the run began with: ``path``, ``sha256``, and the ``mean``
-    and ``std`` that came with them; null for random ones), and ``machine`` and ``versions`` as
-    :mod:`rsengine.run.machine` returns them.
+    and ``std`` that came with them; null for random ones), ``data`` (``name``, ``identity``, ``train_images``,
+    ``test_images``), and ``machine`` and ``versions`` as :mod:`rsengine.run.machine` returns them.
 ``interval``
     One a log interval: ``epoch`` (float, epochs done), ``train_loss`` and ``train_accuracy`` (over the interval),
-    ``learning_rate``, ``images_per_second``, ``seconds`` (training time so far).
+    ``learning_rate``, ``images_per_second``, ``seconds`` (training time so far); optionally ``loader_seconds`` (of the
+    interval: what the loop waited for batches; on a GPU the device may have worked meanwhile) and
+    ``checkpoint_seconds`` (of the checkpoints since the record before, which are in no other time).
 ``epoch``
     One an evaluated epoch: ``epoch`` (int, epochs completed), ``train_loss`` and ``train_accuracy`` (over the epochs
     since the record before), ``test_loss``, ``test_accuracy``, ``test_loss_ema``, ``test_accuracy_ema``,
     ``learning_rate``, ``images_per_second``, ``seconds`` (training time so far, evaluation included, summed over
-    resumes), ``epoch_seconds`` (of training, since the record before), ``eval_seconds``.
+    resumes), ``epoch_seconds`` (of training, since the record before), ``eval_seconds``; optionally ``test_images``.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ SAVES = {  # two batches an epoch and a save after each, or four and a save afte
 }
 CHECKPOINT = f"run/{CHECKPOINT_FILE}"
 TIMES = {"seconds", "epoch_seconds", "eval_seconds", "images_per_second", "time_to_first_step"}
+TIMES |= {"loader_seconds", "checkpoint_seconds"}
 Position = tuple[int, int]
 
 

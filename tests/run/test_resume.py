@@ -14,7 +14,7 @@ from rsengine.run.checkpoint import load_checkpoint
 from rsengine.run.weights import load_weights
 from tests.test_train import RECIPE
 
-TIMES = {"seconds", "epoch_seconds", "eval_seconds", "images_per_second"}
+TIMES = {"seconds", "epoch_seconds", "eval_seconds", "images_per_second", "loader_seconds", "checkpoint_seconds"}
 EPOCHS, STEPS = 3, 4
 
 
