@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,19 @@ _PICTURES = {
     CONFUSION_FILE: "Confusion matrix of the test set, in percent of each true class",
     AUGMENTED_FILE: "Training images before and after augmentation",
 }
+# Of a table of epochs: headings, and the text of a cell from a record.
+EPOCH_COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+    ("Epoch", lambda r: str(r["epoch"])),
+    ("Train loss", lambda r: fixed(r["train_loss"], 4)),
+    ("Train acc.", lambda r: percent(r["train_accuracy"])),
+    ("Test loss", lambda r: fixed(r["test_loss"], 4)),
+    ("Test acc.", lambda r: percent(r["test_accuracy"])),
+    ("Test loss, EMA", lambda r: fixed(r["test_loss_ema"], 4)),
+    ("Test acc., EMA", lambda r: percent(r["test_accuracy_ema"])),
+    ("Learning rate", lambda r: significant(r["learning_rate"])),
+    ("Images/s", lambda r: count(r["images_per_second"])),
+    ("Seconds", lambda r: fixed(r["seconds"], 1)),
+]
 _TABLE_ROWS = 42  # about 40; two more let 200 epochs be shown as 1, 5, 10, …, 200
 
 
@@ -109,7 +122,7 @@ def _headline(
         rows.append((f"**Test accuracy, {name}**", f"**{percent(last[field])}** after epoch {last['epoch']}"))
         rows.append((f"Best test accuracy, {name}", f"{percent(best[field])} after epoch {best['epoch']} ¹"))
     rows.append(("Epochs", f"{done} of {planned} planned"))
-    rows += _speed_rows(starts, intervals, epochs)
+    rows += speed_rows(starts, intervals, epochs)
 
     lines = [_table(("Result", ""), rows)]
     sampling = ""
@@ -126,9 +139,10 @@ def _headline(
     return "\n\n".join(lines)
 
 
-def _speed_rows(
+def speed_rows(
     starts: list[dict[str, Any]], intervals: list[dict[str, Any]], epochs: list[dict[str, Any]]
 ) -> list[tuple[str, str]]:
+    """Times, speed, resumes and device of a run, from the records of its log: names and values as text."""
     rows = []
     if epochs:
         evaluation = duration(sum(record["eval_seconds"] for record in epochs))
@@ -152,21 +166,9 @@ def _speed_rows(
 def _epoch_table(epochs: list[dict[str, Any]]) -> list[str]:
     if not epochs:
         return []
-    shown, stride = _thinned(epochs)
-    columns = [
-        ("Epoch", lambda r: str(r["epoch"])),
-        ("Train loss", lambda r: fixed(r["train_loss"], 4)),
-        ("Train acc.", lambda r: percent(r["train_accuracy"])),
-        ("Test loss", lambda r: fixed(r["test_loss"], 4)),
-        ("Test acc.", lambda r: percent(r["test_accuracy"])),
-        ("Test loss, EMA", lambda r: fixed(r["test_loss_ema"], 4)),
-        ("Test acc., EMA", lambda r: percent(r["test_accuracy_ema"])),
-        ("Learning rate", lambda r: significant(r["learning_rate"])),
-        ("Images/s", lambda r: count(r["images_per_second"])),
-        ("Seconds", lambda r: fixed(r["seconds"], 1)),
-    ]
-    rows = [tuple(cell(record) for _, cell in columns) for record in shown]
-    table = _table([name for name, _ in columns], rows, align="right")
+    shown, stride = thinned(epochs)
+    rows = [tuple(cell(record) for _, cell in EPOCH_COLUMNS) for record in shown]
+    table = _table([name for name, _ in EPOCH_COLUMNS], rows, align="right")
     if stride == 1:
         return [table]
     return [
@@ -176,7 +178,7 @@ def _epoch_table(epochs: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _thinned(epochs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+def thinned(epochs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
     """At most `_TABLE_ROWS` records: the first, the last and every ``stride``-th epoch between; and the stride."""
     if len(epochs) <= _TABLE_ROWS:
         return epochs, 1
@@ -238,10 +240,9 @@ def _confusions(matrix: np.ndarray, classes: Sequence[str]) -> list[str]:
     return ["The most frequent confusions.", _table(head, rows, align="right", left=2)]
 
 
-def _machine_table(starts: list[dict[str, Any]]) -> list[str]:
-    if not starts:
-        return ["The log has lost what it said of them."]
-    here, packages = starts[-1]["machine"], starts[-1]["versions"]
+def machine_rows(starts: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The machine and the versions of the last of the ``start`` records, one or more: names and values as text."""
+    here, packages = (starts[-1].get(name) or {} for name in ("machine", "versions"))
     rows = [("Processor", known(here.get("processor")))]
     physical, logical = here.get("physical_cores"), here.get("logical_cores")
     cores = f"{known(logical)} logical" + (f" on {physical} physical" if physical else "")
@@ -251,7 +252,13 @@ def _machine_table(starts: list[dict[str, Any]]) -> list[str]:
     rows.append(("GPU", ", ".join(here.get("gpus") or []) or "none"))
     rows += [("System", known(here.get("os"))), ("Python", known(here.get("python")))]
     rows += [(name, version or "not installed") for name, version in packages.items()]
-    return [_table(("", ""), [(name, _plain(value)) for name, value in rows])]
+    return rows
+
+
+def _machine_table(starts: list[dict[str, Any]]) -> list[str]:
+    if not starts:
+        return ["The log has lost what it said of them."]
+    return [_table(("", ""), [(name, _plain(value)) for name, value in machine_rows(starts)])]
 
 
 def _picture(folder: Path, name: str) -> list[str]:
