@@ -26,7 +26,10 @@ setup(
     python_requires=">=3.11",
     packages=PACKAGES,
     package_dir={f"rsengine.{house}": house for house in HOUSES},
-    package_data={"rsengine": ["py.typed", "recipes/*.toml"], "rsengine.kernels.native": ["*.c", "*.h"]},
+    package_data={
+        "rsengine": ["py.typed", "recipes/*.toml", "run/page.css", "run/page.js"],
+        "rsengine.kernels.native": ["*.c", "*.h"],
+    },
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

@@ -109,7 +109,7 @@ def test_a_run_learns_and_leaves_every_record(toy, capsys, toy_dataset):
     names = {path.name for path in Path("run").iterdir()}
     assert names == {
         "recipe.toml", "metrics.jsonl", "checkpoint.pt", "best.pt", "weights.safetensors",
-        "curves.png", "augmented.png", "confusion.png", "report.md",
+        "curves.png", "augmented.png", "confusion.png", "report.md", "report.html",
     }  # fmt: skip
     assert Recipe.from_toml(Path("run/recipe.toml").read_text()) == Recipe.from_toml(RECIPE)
     log = RunLog(Path("run"))
@@ -128,6 +128,9 @@ def test_a_run_learns_and_leaves_every_record(toy, capsys, toy_dataset):
     assert start["time_to_first_step"] > 0 and start["precision"] in ("bf16", "fp32") and not start["resumed"]
     report = Path("run/report.md").read_text()
     assert f"{epochs[-1]['test_accuracy_ema']:.2%}".rstrip("%") in report and "curves.png" in report
+    page = Path("run/report.html").read_text()
+    parts = {"mistakes", "calibration", "confusion", "augmentation", "time"}
+    assert parts <= set(re.findall(r'<section id="(\w+)">', page)) and "waiting for the loader" in page
     best = max(epochs, key=lambda e: e["test_accuracy_ema"])
     assert load_checkpoint(Path("run/best.pt"))["epoch"] == best["epoch"]
     # The saved weights are the EMA, and the evaluate command gets the same accuracy from them.
@@ -136,6 +139,17 @@ def test_a_run_learns_and_leaves_every_record(toy, capsys, toy_dataset):
     assert not torch.equal(weights.model.fc.weight, state["step"]["model"]["fc.weight"])
     assert evaluate_module.main(["run", "--data", str(toy_dataset.folder), "--device", "cpu"]) == 0
     assert f"accuracy {epochs[-1]['test_accuracy_ema']:.2%}" in capsys.readouterr().out
+
+
+def test_a_page_that_cannot_be_written_costs_nothing_else(toy, capsys, monkeypatch):
+    def failing(*arguments, **options):
+        raise KeyError("a fault of the page")
+
+    monkeypatch.setattr("rsengine.run.records.write_page", failing)
+    assert toy("--epochs", "1") == 0
+    output = capsys.readouterr().out
+    assert "run/report.html: not written (KeyError: 'a fault of the page'); all else is saved" in output
+    assert "test accuracy" in output and Path("run/report.md").exists() and Path("run/weights.safetensors").exists()
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(toy):

@@ -17,7 +17,7 @@ RECIPE_FILE = "recipe.toml"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINT_FILE, BEST_FILE = "checkpoint.pt", "best.pt"
 WEIGHTS_FILE = "weights.safetensors"
-REPORT_FILE = "report.md"
+REPORT_FILE, PAGE_FILE = "report.md", "report.html"
 LOCK_FILE = ".lock"
 CURVES_FILE, CONFUSION_FILE, AUGMENTED_FILE = "curves.png", "confusion.png", "augmented.png"
 

@@ -1,4 +1,4 @@
-"""The pictures and the report of a run folder, drawn from what its run logged and found."""
+"""The pictures, the report and the page of a run folder, made from what its run logged and found."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import Any
 
 from rsengine.config import Recipe
 from rsengine.data import Dataset
+from rsengine.data.beton.reader import BetonReader
 from rsengine.device import Execution
 from rsengine.engine.evaluation import Evaluation
 from rsengine.model import ResNetRS
 from rsengine.run import plots
 from rsengine.run.augmented import draw_augmented
-from rsengine.run.files import AUGMENTED_FILE, CONFUSION_FILE, CURVES_FILE
+from rsengine.run.files import AUGMENTED_FILE, CONFUSION_FILE, CURVES_FILE, PAGE_FILE
 from rsengine.run.lettering import labels_said
 from rsengine.run.log import EPOCH, INTERVAL, RunLog
+from rsengine.run.page_classes import MISTAKES, Mistake
+from rsengine.run.page_run import write_page
 from rsengine.run.report import write_report
 
 
@@ -30,11 +33,13 @@ def write_records(
     say: Callable[[str], None] = print,
     origin: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write ``curves.png``, ``augmented.png``, ``confusion.png`` and ``report.md`` into the run folder ``out``.
+    """Write ``curves.png``, ``augmented.png``, ``confusion.png``, ``report.md`` and ``report.html`` into ``out``.
+
+    All of the run is saved by then. So whatever keeps the page from being written costs the page alone, and one line.
 
     Args:
         result: of the last evaluation, by weights (``raw``, ``ema``); empty before the first.
-        say: called with a line on class names that no picture can show.
+        say: called with a line on class names that no picture can show, or on a page that cannot be written.
         origin: of the weights that the run began with, as :meth:`rsengine.run.initial.Initial.origin` gives it.
     """
     log = RunLog(out)
@@ -45,7 +50,7 @@ def write_records(
     else:  # all of them were lost
         (out / CURVES_FILE).unlink(missing_ok=True)
     labels = labels_said(dataset.classes, say)
-    draw_augmented(
+    examples = draw_augmented(
         dataset,
         recipe.augment,
         out / AUGMENTED_FILE,
@@ -57,26 +62,61 @@ def write_records(
     matrix = result[weights].confusion if result else None
     if matrix is not None:
         plots.confusion(matrix, out / CONFUSION_FILE, classes=labels, title=f"{title}, {weights} weights")
-    write_report(
-        out,
-        recipe_toml=recipe.to_toml(),
-        title=title,
-        dataset_line=_dataset_line(dataset),
-        model_lines=[
+    given = " --init WEIGHTS" * (origin is not None)
+    train = f"python -m rsengine.train --recipe recipe.toml{given} --data SOURCE"
+    notes = [
+        f"{execution.reason}; {execution.threads} threads",
+        "The losses of training and test are both with the recipe's label smoothing",
+        *([] if origin is None else [f"Began with the weights in `{origin['path']}`, sha256 `{origin['sha256']}`"]),
+    ]
+    about: dict[str, Any] = {
+        "recipe_toml": recipe.to_toml(),
+        "title": title,
+        "dataset_line": _dataset_line(dataset),
+        "model_lines": [
             f"ResNet-RS, blocks {[len(stage) for stage in model.stages]}: {model.summary(dataset.image_size)}"
         ],
+        "classes": dataset.classes,
+        "planned_epochs": recipe.train.epochs,
+    }
+    write_report(
+        out,
         confusion=matrix,
-        classes=dataset.classes,
         labels=labels,
         notes=[
-            f"{execution.reason}; {execution.threads} threads",
-            "The losses of training and test are both with the recipe's label smoothing",
-            *([] if origin is None else [f"Began with the weights in `{origin['path']}`, sha256 `{origin['sha256']}`"]),
-            f"Again: `python -m rsengine.train --recipe recipe.toml{' --init WEIGHTS' * (origin is not None)} --data "
-            f"SOURCE`, with this folder's `recipe.toml` and a source whose sha256 is `{dataset.checksum}`",
+            *notes,
+            f"Again: `{train}`, with this folder's `recipe.toml` and a source whose sha256 is `{dataset.checksum}`",
         ],
-        planned_epochs=recipe.train.epochs,
+        **about,
     )
+    again = [
+        f"# in this folder, with a source whose sha256 is {dataset.checksum}",
+        train,
+        "# the saved weights: on a test set, on pictures",
+        "python -m rsengine.evaluate . --data SOURCE",
+        "python -m rsengine.predict . PICTURE",
+        "# beside other runs",
+        "python -m rsengine.compare . OTHER_RUN",
+    ]
+    try:
+        worst = _mistakes(dataset, result[weights]) if result else []
+        write_page(out, notes=notes, again=again, result=result, worst=worst, examples=examples, **about)
+    except Exception as error:  # whatever it is: hours of training are not to end in it
+        say(f"{out / PAGE_FILE}: not written ({type(error).__name__}: {error}); all else is saved")
+
+
+def _mistakes(dataset: Dataset, result: Evaluation) -> list[Mistake]:
+    """The most confident ones of an evaluation with predictions, or none."""
+    found = result.predictions
+    if found is None:
+        return []
+    reader = BetonReader(dataset.test_beton)
+    return [
+        Mistake(
+            int(i), reader.image(int(i)), int(found.labels[i]), int(found.predicted[i]), float(found.probability[i])
+        )
+        for i in found.worst(MISTAKES)
+    ]
 
 
 def _dataset_line(dataset: Dataset) -> str:
