@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"train", "evaluate", "predict", "capture_check", "gpu_check", "augment.__main__"}
+COMMANDS = {"train", "evaluate", "predict", "compare", "capture_check", "gpu_check", "augment.__main__"}
 # Of the standard library alone: what kernels and data may import of rsengine.
 LOWEST = {"cache", "checked", "disk", "output", "processor", "temporaries"}
 # A folder or file of rsengine may import from the lines above its own, and from its own.

@@ -127,7 +127,7 @@ def _result(
         tested = [record for record in epochs if number(record[field]) is not None]
         if tested:
             last = tested[-1]
-            error = _standard_error(last[field], last.get("test_images") or (final and final.images))
+            error = standard_error(last[field], last.get("test_images") or (final and final.images))
             words = f"test accuracy, {name}, after epoch {last['epoch']}"
             cards.append((f"{percent(last[field])}{error}", words))
     if epochs:
@@ -151,7 +151,8 @@ def _result(
     yield note(words)
 
 
-def _standard_error(accuracy: float, images: Any) -> str:
+def standard_error(accuracy: float, images: Any) -> str:
+    """What so many test images leave uncertain of an accuracy, as `` ± 0.40`` in percentage points."""
     if not number(images):
         return ""
     return f" ± {100 * math.sqrt(accuracy * (1 - accuracy) / images):.2f}"

@@ -271,3 +271,10 @@ def test_names_that_are_no_text_are_escaped(tmp_path):
     classes = ["caf\udce9", "b", "c"]
     text = _write(tmp_path, [_epoch(1)], confusion=MATRIX, classes=classes, title="\udcff on \udce9")
     assert text.startswith("# \\udcff on \\udce9\n") and "| caf\\udce9 | 90.00 % | 100 |" in text
+
+
+def test_a_start_without_machine_and_versions_is_a_dash(tmp_path):
+    """They are optional in the log."""
+    start = _start()
+    del start["machine"], start["versions"]
+    assert _row(_write(tmp_path, [start, _epoch(1)]), "Processor") == ["–"]

@@ -1,0 +1,46 @@
+"""``python -m rsengine.compare RUN RUN …``: one page about several runs."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+from rsengine.errors import run_command
+from rsengine.output import escaped
+from rsengine.run.files import write_atomically
+from rsengine.run.page_compare import comparison, described, grouped, read_runs
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit status: 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rsengine.compare",
+        description="Write a page about several runs: curves in one plot, results with intervals over seeds, and what "
+        "differs between the recipes.",
+        epilog="example: python -m rsengine.compare runs/a runs/b --out compare.html",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run folder")
+    parser.add_argument("--out", default=Path("compare.html"), type=Path, help="the page (default: compare.html)")
+    arguments = parser.parse_args(argv)
+    return run_command(lambda: _compare(arguments))
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    runs = read_runs(arguments.runs)
+    groups = grouped(runs)
+    write_atomically(arguments.out, comparison(runs))
+    for group in groups:
+        words = f"{group.name}  {escaped(described(group, groups))}: "
+        if not group.seeds:
+            print(f"{words}no finished run")
+            continue
+        words += f"{statistics.fmean(group.seeds):.2%}, n = {len(group.seeds)}"
+        print(words + (f", 95% interval {group.interval[0]:.2%} to {group.interval[1]:.2%}" if group.interval else ""))
+    print(f"wrote {escaped(arguments.out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
