@@ -146,7 +146,7 @@
       const button = element(legend, "button");
       const swatch = element(button, "i", "", "swatch");
       swatch.style.borderColor = `var(--${line.colour})`;
-      if (line.dash) swatch.style.borderTopStyle = "dashed";
+      if (line.dash) swatch.style.borderTopStyle = line.dash.startsWith("2") ? "dotted" : "dashed";
       button.type = "button";
       button.append(line.name);
       button.setAttribute("aria-pressed", "true");
