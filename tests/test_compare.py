@@ -106,6 +106,17 @@ def test_runs_of_an_older_version(make):
     assert "does not say on which data" in words("page.html")[1]
 
 
+def test_a_setting_that_an_older_version_did_not_have_is_its_default(make):
+    folders = [make("a", 0.8), make("b", 0.9, "train.seed=1")]
+    path = folders[1] / "recipe.toml"
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(("freeze", "body_rate"))]
+    assert len(kept) == len(lines) - 2
+    path.write_text("".join(kept))
+    (group,) = grouped(read_runs(folders))
+    assert group.seeds == [0.9, 0.8]
+
+
 def test_names_that_are_markup_stay_words(make):
     folders = [make("<b>a", 0.8), make("b", 0.8, f"name={json.dumps(HOSTILE)}")]
     assert main([*map(str, folders)]) == 0

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rsengine.config import Recipe
 from rsengine.data.errors import UserError
 from rsengine.run.files import METRICS_FILE, RECIPE_FILE
 from rsengine.run.formats import NONE, count, fixed, number, percent
@@ -117,7 +118,8 @@ def read_run(folder: Path, label: str) -> Run:
         if not (folder / name).is_file():
             raise CompareError(f"{folder}: no {name} there; give run folders, as rsengine.train writes them")
     try:
-        settings = flat(decode((folder / RECIPE_FILE).read_bytes()))
+        # A setting that an older version did not have yet counts as its default.
+        settings = flat(Recipe().to_toml()) | flat(decode((folder / RECIPE_FILE).read_bytes()))
     except ValueError as error:
         raise CompareError(f"{folder / RECIPE_FILE}: not a recipe ({error}); give another run folder") from error
     log = RunLog(folder)
