@@ -64,6 +64,11 @@ class Trainer:
         graph: on a GPU, capture the step and the evaluation as CUDA graphs.
         compile: compile the training pass of the network with ``torch.compile``.
         say: prints one line for the user.
+        bar: show the progress as a bar; None: on a terminal and in a notebook.
+        started: when the run was asked for, in seconds of :func:`time.time`; None: when the process began.
+
+    Attributes:
+        watch: called with each record after it is logged, see :mod:`rsengine.run.log`.
     """
 
     def __init__(
@@ -77,10 +82,14 @@ class Trainer:
         graph: bool = True,
         compile: bool = False,
         say: Callable[[str], None] = print,
+        bar: bool | None = None,
+        started: float | None = None,
     ) -> None:
         dataset = replace(dataset, identity=identity_of(dataset))  # found once where an older version wrote none
         self.recipe, self.dataset, self.execution, self.say = recipe, dataset, execution, say
         self.set_folder(out)
+        self.bar, self.started = bar, started or psutil.Process().create_time()
+        self.watch: Callable[[dict[str, Any]], None] = lambda _record: None
         self.origin = origin
         self.graph, self.compile = uses_graph(execution, graph), compile
         self.recorder = CudaRecorder(execution.device) if self.graph else None
@@ -134,7 +143,7 @@ class Trainer:
         step = None
         height, width = self.dataset.image_size
         work = [size[0] * size[1] / (height * width) if size else 1.0 for size in self.image_sizes]
-        display = Display(self.total_steps, self.steps_done, train.epochs, train.batch_size, self.say, work)
+        display = Display(self.total_steps, self.steps_done, train.epochs, train.batch_size, self.say, work, self.bar)
         with contextlib.closing(display), stop_requests() as stop:
             while self.progress.epoch < train.epochs:
                 size = self.image_sizes[self.progress.epoch]
@@ -226,7 +235,7 @@ class Trainer:
             "eval_seconds": eval_seconds,
         }
         self._check_weights()
-        self.log.append(record)
+        self._log(record)
         self.progress = Progress(epoch=progress.epoch + 1, seconds=progress.seconds + eval_seconds)
         display.epoch(record)
         accuracy = (ema or raw).accuracy
@@ -250,8 +259,8 @@ class Trainer:
         if self.execution.device.type == "cuda":
             torch.cuda.synchronize()  # once a process: the first step has to be over to be timed
         self._first_step_pending = False
-        seconds = time.time() - psutil.Process().create_time()
-        self.log.append(
+        seconds = time.time() - self.started
+        self._log(
             {
                 "kind": START,
                 "step": self.steps_done - 1,
@@ -302,9 +311,13 @@ class Trainer:
             "checkpoint_seconds": self._saving,
         }
         self._saving = 0.0
-        self.log.append(record)
+        self._log(record)
         display.interval(progress.epoch + 1, record)
         return now
+
+    def _log(self, record: dict[str, Any]) -> None:
+        self.log.append(record)
+        self.watch(record)
 
     def _check_weights(self) -> None:
         if not self.step.weights_finite():

@@ -64,15 +64,15 @@ _STYLE: dict[str, Any] = {
 
 
 def curves(
-    epochs: Sequence[Mapping[str, Any]], intervals: Sequence[Mapping[str, Any]], path: Path, *, title: str
-) -> None:
+    epochs: Sequence[Mapping[str, Any]], intervals: Sequence[Mapping[str, Any]], path: Path | None, *, title: str
+) -> Figure:
     """Draw loss, accuracy and learning rate against epochs: 1260 pixels wide, three panels over one axis.
 
     Args:
         epochs: the run log's ``epoch`` records, in order; fields may be missing or None and are then not drawn.
         intervals: its ``interval`` records, in order, or nothing. They give a faint train line beneath the epochs'
             and the learning rate's fine steps.
-        path: the PNG to write.
+        path: the PNG to write; None writes none.
         title: printed above.
 
     Raises:
@@ -129,7 +129,9 @@ def curves(
             )
             for line in legend.get_lines():
                 line.set_linewidth(max(line.get_linewidth(), 1.4))
-        save_figure(figure, path)
+        if path is not None:
+            save_figure(figure, path)
+    return figure
 
 
 def confusion(matrix: np.ndarray, path: Path, *, classes: Sequence[str], title: str) -> None:

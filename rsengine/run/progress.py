@@ -1,7 +1,8 @@
-"""The progress of a run: a bar on a terminal, a line now and then elsewhere."""
+"""The progress of a run: a bar on a terminal and in a notebook, a line now and then elsewhere."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,12 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min {rest:02d} s" if hours else f"{minutes} min {rest:02d} s"
 
 
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, whose cells show a bar though they are no terminal."""
+    ipython = sys.modules.get("IPython")  # a kernel has imported it
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
 class Display:
     """Progress of a run of ``total`` steps of ``batch_size`` images, with the time left.
 
@@ -27,6 +34,7 @@ class Display:
         done: steps done before this process.
         say: prints one line.
         work: the relative cost of a step in each epoch; empty if it is the same in all.
+        bar: show a bar; None: on a terminal and in a notebook.
     """
 
     def __init__(
@@ -37,13 +45,18 @@ class Display:
         batch_size: int,
         say: Callable[[str], None],
         work: Sequence[float] = (),
+        bar: bool | None = None,
     ) -> None:
         self.total, self.epochs, self.batch_size, self.say = total, epochs, batch_size, say
         self.work = list(work) or [1.0] * epochs
         self.varied = len(set(self.work)) > 1
         # tqdm's estimate assumes that all steps take the same time.
         form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]" if self.varied else None
-        options = {"unit": "step", "desc": "train", "disable": None, "dynamic_ncols": True, "bar_format": form}
+        options = {"unit": "step", "desc": "train", "dynamic_ncols": True, "bar_format": form}
+        options["disable"] = None if bar is None else not bar  # None: unless on a terminal
+        if bar is None and in_notebook():
+            # Standard error has the colour of a failure there, and each refresh is a message to the browser.
+            options |= {"disable": False, "file": sys.stdout, "mininterval": 0.5}
         self.bar = tqdm(total=total, initial=done, **options)
         self.spoken = time.perf_counter()
 
@@ -90,7 +103,5 @@ class Display:
     def line(self, line: str) -> None:
         """Print ``line`` above the progress bar, if there is one."""
         self.spoken = time.perf_counter()
-        if self.bar.disable:
+        with self.bar.external_write_mode():
             self.say(line)
-        else:
-            self.bar.write(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -16,8 +17,14 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """In this block the first Ctrl-C or SIGTERM is only noted; a second Ctrl-C interrupts at once."""
+    """In this block the first Ctrl-C or SIGTERM is only noted; a second Ctrl-C interrupts at once.
+
+    Only the main thread may say what a signal does, so in another one signals stay as they are.
+    """
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
 
     def handler(number: int, _frame: FrameType | None) -> None:
         if request.signal and number == signal.SIGINT:

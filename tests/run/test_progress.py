@@ -1,9 +1,13 @@
 """The time left of a run, as a person watching is told it."""
 
 import contextlib
+import sys
+import threading
+import types
 
 from rsengine.run import progress as display_module
-from rsengine.run.progress import Display
+from rsengine.run.progress import Display, in_notebook
+from rsengine.run.signals import stop_requests
 
 RECORD = {"train_loss": 1.0, "train_accuracy": 0.5, "images_per_second": 100.0}
 
@@ -29,3 +33,40 @@ def test_epochs_of_small_images_cost_less(monkeypatch):
     assert left(10, monkeypatch, work=work) == "1 min 00 s of training left"
     assert left(15, monkeypatch, work=work) == "25.0 s of training left"
     assert left(30, monkeypatch, work=work) == "0.0 s of training left"
+
+
+def test_a_notebook_has_a_bar_on_standard_output_with_the_lines_between(monkeypatch, capsys):
+    assert not in_notebook()
+    shell = types.SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    assert in_notebook()
+    with contextlib.closing(Display(30, 0, 3, 100, print)) as display:
+        display.advance()
+        display.line("epoch 1/3: done")
+    shown = capsys.readouterr()
+    assert "| 1/30 [" in shown.out and "epoch 1/3: done\n" in shown.out and not shown.err
+    with contextlib.closing(Display(30, 0, 3, 100, print, bar=False)) as display:
+        display.line("epoch 1/3: done")
+    assert capsys.readouterr() == ("epoch 1/3: done\n", "")
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: None))
+    assert not in_notebook()  # imported, and no kernel
+
+
+def test_lines_go_where_they_are_said_while_there_is_a_bar(capsys):
+    said = []
+    with contextlib.closing(Display(30, 0, 3, 100, said.append, bar=True)) as display:
+        display.line("epoch 1/3: done")
+    assert said == ["epoch 1/3: done"] and not capsys.readouterr().out
+
+
+def test_signals_stay_as_they_are_in_other_threads():
+    found = []
+
+    def ask():
+        with stop_requests() as request:
+            found.append(request.signal)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert found == [0]
