@@ -35,10 +35,19 @@ PROBE_SECONDS, DOWNLOAD_SECONDS = 4.0, 30.0  # without an answer; a download as 
 CONVERTING = re.compile(r"\..+\.tmp-(?P<pid>\d+)")  # names of data sets under construction
 
 
+class NotConverted(DataError):
+    """A data set that is there and not converted yet. ``source`` names it, for :func:`rsengine.data.convert`."""
+
+    def __init__(self, message: str, source: str) -> None:
+        super().__init__(message)
+        self.source = source
+
+
 def find_dataset(
     data: str | os.PathLike[str] | None = None,
     *,
     fallback_digits: bool = False,
+    conversion: bool = True,
     log: Callable[[str], None] = print,
 ) -> Dataset:
     """The data set to train on.
@@ -52,21 +61,25 @@ def find_dataset(
         data: see above.
         fallback_digits: take the handwritten digits when nothing is found, instead of raising. Not for a `data` or
             RSENGINE_DATA that is wrong: that is an error in any case.
+        conversion: False: download and convert nothing.
         log: called with one line for each decision.
 
     Raises:
+        NotConverted: without ``conversion``, the data set is there and would have to be converted, or downloaded.
         DataError: what was asked for is wrong, or nothing was found; one line with the remedy.
     """
     if data is not None:
-        return _open(os.fspath(data), log)
+        return _open(os.fspath(data), log, conversion)
     if value := os.environ.get(VARIABLE, "").strip():
         log(f"data: {VARIABLE} names {value}")
-        return _open(value, log)
+        return _open(value, log, conversion)
     local = Path(LOCAL_FOLDER)
     if (known := known_in(local)) is not None:
         log(f"data: found {known}")
-        return _open(known, log)
+        return _open(known, log, conversion)
     looked = f"{VARIABLE} is not set, and {local.absolute()} holds no converted data set and no CIFAR archive"
+    if not conversion:
+        raise NotConverted(f"{looked}: a run would download CIFAR-10 first, and convert it", "CIFAR-10")
     try:
         return _open(download_cifar10(log), log)
     except _NoDownload as error:
@@ -126,7 +139,7 @@ def fingerprint(source: str | Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _open(what: str | Path, log: Callable[[str], None]) -> Dataset:
+def _open(what: str | Path, log: Callable[[str], None], conversion: bool = True) -> Dataset:
     source: str | Path = str(what) if is_named(what) else expanded(what)
     if isinstance(source, Path):
         put_back(source)
@@ -140,11 +153,13 @@ def _open(what: str | Path, log: Callable[[str], None]) -> Dataset:
                 dataset = load_dataset(source)
                 log(f"data: {dataset.name} in {source}, {dataset.train_count} + {dataset.test_count} images")
                 return dataset
-    return _converted(source, log)
+    return _converted(source, log, conversion)
 
 
-def _converted(source: str | Path, log: Callable[[str], None]) -> Dataset:
+def _converted(source: str | Path, log: Callable[[str], None], conversion: bool) -> Dataset:
     """The conversion of `source` in the cache, made now if there is none."""
+    if not conversion and str(source).startswith(PREFIX):
+        raise NotConverted(f"{source}: a run would download it first where that is needed, and convert it", str(source))
     if str(source).startswith(PREFIX):
         fetch(str(source), log)  # before its files are looked at
     try:
@@ -152,6 +167,8 @@ def _converted(source: str | Path, log: Callable[[str], None]) -> Dataset:
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}; check the path and its permissions") from error
     folder = cache_folder() / "datasets" / f"{source_name(source)}-{mark}"
+    if not conversion and not folder.exists():
+        raise NotConverted(f"{source}: a run would convert it into {folder} first", str(source))
     # All in this folder is ours, so what killed conversions of other sources left there goes too.
     remove_abandoned(folder.parent, CONVERTING)
     damaged = False
@@ -160,6 +177,8 @@ def _converted(source: str | Path, log: Callable[[str], None]) -> Dataset:
             dataset = load_dataset(folder)
         except DataError as error:
             damaged = True
+            if not conversion:
+                raise NotConverted(f"{error}; a run would do so first", str(source)) from error
             log(f"data: {error}; doing so")
         else:
             log(f"data: {source}, converted earlier, in {folder}")
