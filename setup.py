@@ -30,6 +30,7 @@ setup(
         "rsengine": ["py.typed", "recipes/*.toml", "run/page.css", "run/page.js"],
         "rsengine.kernels.native": ["*.c", "*.h"],
     },
+    entry_points={"console_scripts": ["rsengine = rsengine.cli:main"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
@@ -49,7 +50,10 @@ setup(
             "ffcv==1.0.2",
             "setuptools",  # ffcv imports distutils, which Python 3.12 and later no longer carry
         ],
+        "mlflow": ["mlflow>=2.14"],
+        "pandas": ["pandas>=2"],
         "parquet": ["pyarrow>=14"],
+        "tensorboard": ["tensorboard>=2.16"],
         "test": [
             "fonttools>=4",
             "hypothesis>=6.100",
@@ -58,7 +62,9 @@ setup(
             "pytest-benchmark>=4",
             "pytest-xdist>=3.8",
             "ruff>=0.6",
+            "tensorboard>=2.16",
             "timm>=1.0.9",
         ],
+        "wandb": ["wandb>=0.19"],
     },
 )

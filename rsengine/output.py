@@ -1,14 +1,18 @@
-"""Standard output and standard error that may be closed early, as in ``… | head -2``, without ending the work."""
+"""What commands print: to outputs that may be closed early, as in ``… | head -2``, without ending the work; for people,
+for scripts, or not at all."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
+import functools
 import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 # The reader has gone: a pipe closed, a terminal hung up. That is no fault, and no one is left to be told.
 _GONE = {errno.EPIPE, errno.EIO, errno.ECONNRESET}
@@ -22,6 +26,31 @@ def escaped(text: object) -> str:
     that are no text.
     """
     return _NO_TEXT.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def program(command: str) -> str:
+    """How ``command`` was started, for its usage line: by the console script or by its module."""
+    started = Path(sys.argv[0])
+    if started.stem.removesuffix("-script") == "rsengine":
+        return f"rsengine {command}"
+    by_package = started.name == "__main__.py" and started.parent.name == "rsengine"
+    return f"python -m rsengine {command}" if by_package else f"python -m rsengine.{command}"
+
+
+def add_output_options(parser: argparse.ArgumentParser, *, result: str) -> None:
+    """``--quiet`` and ``--json``; ``result`` says what the object holds."""
+    parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
+    parser.add_argument(
+        "--json", action="store_true", help=f"print {result} as one JSON object; all else goes to standard error"
+    )
+
+
+def speaker(*, quiet: bool, json: bool) -> Callable[[str], None]:
+    """What prints lines for people, as the options of :func:`add_output_options` ask for."""
+    if quiet:
+        return lambda _line: None
+    # A log file shows each line at once. Standard error is looked up at each line: it may be put in place later.
+    return (lambda line: print(line, file=sys.stderr, flush=True)) if json else functools.partial(print, flush=True)
 
 
 class _Patient(io.FileIO):

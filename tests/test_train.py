@@ -22,6 +22,7 @@ from rsengine import evaluate as evaluate_module
 from rsengine import predict as predict_module
 from rsengine import train as train_module
 from rsengine import trainer as trainer_module
+from rsengine import training as training_module
 from rsengine.config import Recipe
 from rsengine.data.beton.reader import BetonReader
 from rsengine.engine import graph as graph_module
@@ -177,7 +178,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(toy, whole_run, m
 
         self.step.__class__ = Counted
 
-    evaluations, write_records = [], train_module.write_records
+    evaluations, write_records = [], training_module.write_records
 
     def evaluated(self):
         evaluations.append(self.steps_done)
@@ -191,7 +192,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(toy, whole_run, m
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "__init__", stopping)
         patch.setattr(Trainer, "evaluate", evaluated)
-        patch.setattr(train_module, "write_records", written)
+        patch.setattr(training_module, "write_records", written)
         assert toy(out="parts") == 130
     output = capsys.readouterr().out
     assert f"stopped after step {stop_at} of 27" in output
@@ -475,7 +476,7 @@ def test_runs_begun_in_one_second_each_have_a_folder(toy, toy_dataset, monkeypat
 def test_resume_looks_for_the_runs_that_the_same_command_makes(toy, toy_dataset, monkeypatch, capsys):
     """Digits are trained by a recipe of their own when none is named."""
     digits = dataclasses.replace(toy_dataset, name="digits")
-    monkeypatch.setattr(train_module, "find_dataset", lambda *_, **__: digits)
+    monkeypatch.setattr(training_module, "find_dataset", lambda *_, **__: digits)
     options = ["--device", "cpu", "--data", "digits", "--set", "model.blocks=[1]", "--set", "train.batch_size=16"]
     options += ["--epochs", "1", "--limit-train-batches", "2"]
     assert train_module.main(options) == 0

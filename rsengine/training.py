@@ -1,0 +1,339 @@
+"""A run from what is asked for to its records: what the command ``rsengine train`` and :func:`rsengine.train` share."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rsengine.config import Recipe, load_recipe
+from rsengine.data import Dataset, find_dataset
+from rsengine.data.errors import UserError
+from rsengine.data.paths import convert_command
+from rsengine.device import Execution, choose_execution, keep_freed_memory
+from rsengine.engine.compiler import check_compiler, compile_errors
+from rsengine.engine.evaluation import Evaluation
+from rsengine.engine.graph import explain_step
+from rsengine.kernels import explain
+from rsengine.output import speaker
+from rsengine.run.checkpoint import load_checkpoint
+from rsengine.run.files import (
+    BEST_FILE,
+    CHECKPOINT_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    WEIGHTS_FILE,
+    remove_leftovers,
+    write_atomically,
+)
+from rsengine.run.folder import RUNS, latest_run, locked, make_folder, make_run_folder
+from rsengine.run.initial import Initial, normalised_as, origin_of, read_initial
+from rsengine.run.progress import duration
+from rsengine.run.records import write_records
+from rsengine.track import check_trackers, open_tracking
+from rsengine.trainer import Trainer
+
+say_aloud = speaker(quiet=False, json=False)
+
+
+class UsageError(UserError):
+    """A request that cannot be followed."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a run. The fields are the options of ``rsengine train``, which says what they do.
+
+    Attributes:
+        recipe: a name, the path of a TOML file, or a recipe; None leaves the choice to the data and ``init``.
+        set: ``section.key=value`` texts, or values by ``section.key``.
+        graph, compile: as :class:`rsengine.trainer.Trainer` takes them.
+        bar: show the progress as a bar; None: on a terminal and in a notebook.
+        started: when the run was asked for, in seconds of :func:`time.time`; None: when the process began.
+    """
+
+    recipe: str | Recipe | None = None
+    data: str | None = None
+    set: Sequence[str] | Mapping[str, Any] = ()
+    out: Path | None = None
+    resume: bool = False
+    init: str | None = None
+    or_digits: bool = False
+    device: str = "auto"
+    graph: bool = True
+    compile: bool = False
+    track: Sequence[str] = ()
+    bar: bool | None = None
+    started: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run.
+
+    Attributes:
+        stopped: the number of the signal that stopped it early, or 0.
+        result: of the last evaluation in this process, by weights (``raw``, ``ema``); empty without one.
+        epochs: done, over all processes that worked on the run.
+        seconds: of training and evaluation, over all of them.
+    """
+
+    folder: Path
+    recipe: Recipe
+    dataset: Dataset
+    stopped: int
+    result: dict[str, Evaluation]
+    epochs: int
+    seconds: float
+
+    @property
+    def weights(self) -> str:
+        """Which weights the result is of: ``ema``, or ``raw`` where the run keeps no EMA."""
+        return "ema" if self.recipe.ema.enabled else "raw"
+
+    def line(self) -> str:
+        """The result in one line."""
+        accuracy = self.result[self.weights].accuracy
+        return (
+            f"test accuracy {accuracy:.2%}{' (EMA)' if self.weights == 'ema' else ''} on {self.dataset.name} after "
+            f"{self.epochs} epochs, {duration(self.seconds)}. Report: {self.folder / REPORT_FILE}"
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """The outcome in values that JSON holds. Accuracies are fractions; without an evaluation they are None."""
+        final = self.result.get(self.weights)
+        return {
+            "run": str(self.folder),
+            "recipe": self.recipe.name,
+            "dataset": self.dataset.name,
+            "weights": self.weights,
+            "test_accuracy": final.accuracy if final else None,
+            "test_loss": final.loss if final else None,
+            "epochs": self.epochs,
+            "planned_epochs": self.recipe.train.epochs,
+            "seconds": self.seconds,
+            "stopped_by_signal": self.stopped or None,
+        }
+
+
+def train(request: Request, say: Callable[[str], None] = say_aloud) -> Outcome:
+    """Train, evaluate and record. Ctrl-C and SIGTERM end the run after the step under way, with everything saved.
+
+    Args:
+        say: called with each line for the user.
+
+    Raises:
+        UserError: what cannot be done, in one line with the remedy.
+    """
+    with contextlib.ExitStack() as held:  # the run folder, from the moment it is known
+        return _train(request, say, held)
+
+
+def _train(request: Request, say: Callable[[str], None], held: contextlib.ExitStack) -> Outcome:
+    check_trackers(request.track)
+    initial = initial_of(request)
+    recipe = recipe_of(request, "quickstart", initial)
+    out = request.out
+    if request.resume and out is None and request.recipe:
+        out = latest_run(recipe.name)
+    if out is not None and request.resume:
+        _saved(request, out)  # once now, before data are converted in vain
+    elif out is not None:
+        _check_free(out)
+    dataset = of_one_size(find_dataset(request.data, fallback_digits=request.or_digits, log=say))
+    if not (request.resume and out):
+        recipe = recipe_for(request, dataset, recipe, initial, say)
+    state, origin = None, initial.origin() if initial else None
+    if request.resume:
+        out = out or latest_run(recipe.name)
+        held.enter_context(locked(out, say))
+        state, recipe = _saved(request, out)
+        origin = origin_of(state, out)
+    dataset = normalised_as(dataset, origin)
+
+    execution = execution_of(request, recipe, say)
+    trainer = Trainer(
+        recipe,
+        dataset,
+        execution,
+        out or RUNS,
+        origin=origin,
+        graph=request.graph,
+        compile=request.compile,
+        say=say,
+        bar=request.bar,
+        started=request.started,
+    )
+    if state is not None:
+        trainer.restore(state)
+    else:
+        if initial is not None:
+            trainer.start_from(initial)
+        out = _begin(trainer, out, held, say)
+    remove_leftovers(out)
+    tracking = open_tracking(request.track, out, recipe, dataset, trainer.steps_done, say)
+    held.callback(tracking.close)
+    trainer.watch = tracking.record
+
+    resume = resume_command(request, out)
+    announce(trainer, dataset, explain_step(execution, request.graph, request.compile), say)
+    with compile_errors() if request.compile else contextlib.nullcontext():
+        stopped = trainer.run()
+    if stopped:  # printed first, and without an evaluation: whoever stops a run should not have to wait
+        where = f"step {trainer.steps_done} of {trainer.total_steps}"
+        say(f"stopped after {where}; everything is saved. Go on with: {resume}")
+    elif not trainer.result:
+        trainer.evaluate()  # the run had ended before it was resumed
+    write_records(
+        out,
+        recipe=recipe,
+        dataset=dataset,
+        execution=execution,
+        model=trainer.step.model,
+        result=trainer.result,
+        say=say,
+        origin=trainer.origin,
+    )
+    outcome = Outcome(out, recipe, dataset, stopped, trainer.result, trainer.progress.epoch, trainer.progress.seconds)
+    tracking.finish(outcome.summary(), trainer)
+    return outcome
+
+
+def resume_command(request: Request, out: Path) -> str:
+    """The command that goes on with the run in ``out``."""
+    command = ["python", "-m", "rsengine.train", "--resume", "--out", str(out)]
+    command += ["--data", str(request.data)] if request.data else []
+    command += ["--no-graph"] * (not request.graph) + ["--compile"] * request.compile
+    return shlex.join([*command, *(f"--track={name}" for name in request.track)])
+
+
+# --- from the request to what it means --------------------------------------------------------------------------------
+
+
+def initial_of(request: Request) -> Initial | None:
+    """The weights that ``init`` names."""
+    if not request.init:
+        return None
+    if request.resume:
+        raise UsageError("--init: a run that is resumed has its weights already; leave out --init, or --resume")
+    return read_initial(request.init)
+
+
+def recipe_of(request: Request, default: str, initial: Initial | None) -> Recipe:
+    """The recipe that is asked for; where none is, ``default`` with the network of the ``initial`` weights."""
+    recipe = _named(request.recipe or default)
+    if initial is not None and not request.recipe:
+        recipe = replace(recipe, model=initial.model)
+    recipe = _changed(recipe, request.set)
+    if initial is not None:
+        initial.check_architecture(recipe.model)
+    return recipe
+
+
+def recipe_for(
+    request: Request, dataset: Dataset, recipe: Recipe, initial: Initial | None, say: Callable[[str], None]
+) -> Recipe:
+    """``recipe``, or the one for digits where the data are these and none is asked for."""
+    if dataset.name != "digits" or request.recipe is not None:
+        return recipe
+    say("recipe digits, because the data are the digits and no --recipe was given")
+    return recipe_of(request, "digits", initial)
+
+
+def of_one_size(dataset: Dataset) -> Dataset:
+    """``dataset``. Raises :class:`UsageError` where its images differ in size."""
+    if dataset.image_size is None:
+        raise UsageError(
+            f"{dataset.folder}: its images differ in size; convert them again with --size N, for example "
+            f"`{convert_command()} SOURCE --out DIR --size 32`"
+        )
+    return dataset
+
+
+def execution_of(request: Request, recipe: Recipe, say: Callable[[str], None]) -> Execution:
+    """Where the run computes, with the process set up for it."""
+    execution = choose_execution(request.device, recipe.train.precision)
+    if execution.device.type == "cpu" and not keep_freed_memory():
+        say("memory: without glibc, large blocks of memory are mapped again in each step, which takes time")
+    if execution.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # a run has few shapes: each convolution's algorithm is found by trying
+    if request.compile:
+        check_compiler(execution)
+    return execution
+
+
+def announce(trainer: Trainer, dataset: Dataset, steps: str, say: Callable[[str], None]) -> None:
+    """Say what will be done, how, and why."""
+    recipe, execution = trainer.recipe, trainer.execution
+    height, width = dataset.image_size
+    counts = f"{dataset.train_count:,} train and {dataset.test_count:,} test images"
+    say(f"data: {dataset.name}, {counts}, {height}x{width}; {trainer.batches.reason}")
+    say(f"compute: {execution.reason}; channels_last; {execution.threads} threads; {steps}")
+    if execution.device.type == "cpu":
+        say(f"layers: {explain('batch_norm', 'cpu')}")
+    say(f"run: {recipe.name}, {recipe.train.epochs} epochs of {trainer.steps_per_epoch} steps, into {trainer.out}")
+    if recipe.train.frozen_parts:
+        parts, trained = ", ".join(recipe.train.frozen_parts), sum(p.numel() for p in trainer.step.update.params)
+        say(f"frozen: {parts}, with batch norm in evaluation mode; {trained:,} parameters are trained")
+        if trainer.origin is None:
+            say("frozen: these parts keep their random weights; --init begins with weights that were trained")
+    if trainer.resumed:
+        say(f"resumed at step {trainer.steps_done} of {trainer.total_steps}")
+
+
+def _named(recipe: str | Recipe) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
+def _changed(recipe: Recipe, changes: Sequence[str] | Mapping[str, Any]) -> Recipe:
+    if not isinstance(changes, Mapping):
+        return recipe.with_settings([changes] if isinstance(changes, str) else changes)
+    nested: dict[str, Any] = {}
+    for key, value in changes.items():
+        section, _, name = str(key).rpartition(".")
+        place = nested.setdefault(section, {}) if section else nested
+        place[name] = value
+    return recipe.with_values(nested)
+
+
+# --- the run folder ---------------------------------------------------------------------------------------------------
+
+
+def _saved(request: Request, out: Path) -> tuple[dict[str, Any], Recipe]:
+    """The checkpoint in ``out`` and its recipe. The settings that are asked for must agree with it."""
+    state = load_checkpoint(out / CHECKPOINT_FILE)
+    saved = Recipe.from_toml(state["recipe"], str(out / CHECKPOINT_FILE))
+    asked = _named(request.recipe) if request.recipe else saved
+    differences = _changed(asked, request.set).differences(saved)
+    if differences:
+        raise UsageError(
+            f"--resume: the run's recipe cannot change ({'; '.join(differences)}); leave "
+            f"{'--recipe, which gives these, ' if request.recipe else 'these '}out or start anew"
+        )
+    return state, saved
+
+
+def _check_free(out: Path) -> None:
+    if (out / CHECKPOINT_FILE).exists():
+        raise UsageError(f"--out {out}: holds a run already; add --resume to go on with it, or name another folder")
+    for name in (BEST_FILE, WEIGHTS_FILE):  # of a run whose checkpoint is gone
+        if (out / name).exists():
+            raise UsageError(f"--out {out}: holds the {name} of an earlier run; name another folder")
+
+
+def _begin(trainer: Trainer, out: Path | None, held: contextlib.ExitStack, say: Callable[[str], None]) -> Path:
+    """Make and hold the folder of a new run, now that nothing refuses it any more."""
+    if out is None:
+        out = make_run_folder(trainer.recipe.name)
+    make_folder(out)
+    held.enter_context(locked(out, say))
+    _check_free(out)  # another process may have had it meanwhile
+    trainer.set_folder(out)
+    trainer.log.truncate_after(-1)  # records of a run that was killed before its first checkpoint
+    write_atomically(out / RECIPE_FILE, trainer.recipe.to_toml().encode())
+    return out
