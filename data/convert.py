@@ -35,7 +35,7 @@ from rsengine.data.sources.choice import ORDERS, in_order, with_classes, with_su
 from rsengine.data.sources.open import open_source
 from rsengine.data.sources.tree import digest_of_list
 from rsengine.data.staging import staged_folder
-from rsengine.output import patient_output
+from rsengine.output import patient_output, program
 from rsengine.processor import usable_cpus
 
 PACKAGES = ("rsengine", "numpy", "pillow")
@@ -269,8 +269,11 @@ def summary(dataset: Dataset, seconds: float) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
+    command = program("convert")
     parser = argparse.ArgumentParser(
-        prog=convert_command(), description="Convert a data set to train.beton, test.beton and dataset.json."
+        prog=command if command.startswith("rsengine") else convert_command(),
+        description="Convert a data set to train.beton, test.beton and dataset.json.",
+        epilog="example: %(prog)s digits --out data/digits",
     )
     parser.add_argument(
         "source", metavar="SOURCE", help="archive, folder or file of a data set, torchvision:NAME[:ROOT], or digits"

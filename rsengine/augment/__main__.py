@@ -10,13 +10,18 @@ from rsengine.augment.policies import POLICIES
 from rsengine.config import Recipe
 from rsengine.data import find_dataset
 from rsengine.errors import SettingsError, run_command
+from rsengine.output import program
 from rsengine.run.augmented import draw_augmented
 from rsengine.run.lettering import labels_said
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m rsengine.augment", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog=program("augment"),
+        description="See what a policy does to images, before any training.",
+        epilog="example: %(prog)s --policy randaugment --data digits --out augmented.png",
+    )
     parser.add_argument("--policy", choices=POLICIES, default="autoaugment")
     parser.add_argument("--out", required=True, help="the PNG to write")
     parser.add_argument("--data", help="converted folder, source or digits; default: as rsengine.train finds it")

@@ -1,0 +1,203 @@
+"""``rsengine doctor``: what this machine has, which paths a run will take and why, and how to get what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from rsengine.cache import cache_folder
+from rsengine.data.errors import UserError
+from rsengine.errors import run_command
+from rsengine.output import program
+from rsengine.run.machine import machine
+
+GOOD, OPTIONAL, WRONG = "ok", "--", "!!"
+NEEDED = ("torch", "torchvision", "numba", "numpy", "matplotlib", "pillow", "psutil", "safetensors", "tqdm", "tomli-w")
+# Packages that only some need: the module, what it is for, and the command that brings it.
+EXTRAS = {
+    "ffcv": ("ffcv", "the fastest loader", "pip install 'rsengine[ffcv]'"),
+    "pyarrow": ("pyarrow", "data sets in Parquet", "pip install 'rsengine[parquet]'"),
+    "timm": ("timm", "exporting to timm", "pip install 'rsengine[export]'"),
+    "onnx": ("onnx", "exporting to ONNX", "pip install 'rsengine[export]'"),
+    "onnxruntime": ("onnxruntime", "predicting with ONNX", "pip install 'rsengine[export]'"),
+    "tensorboard": ("tensorboard", "--track tensorboard", "pip install 'rsengine[tensorboard]'"),
+    "wandb": ("wandb", "--track wandb", "pip install 'rsengine[wandb]'"),
+    "mlflow": ("mlflow", "--track mlflow", "pip install 'rsengine[mlflow]'"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        state: ``ok``; ``--`` for what is missing and not needed; ``!!`` for what no run works without.
+        remedy: the command or change that mends it, or nothing.
+    """
+
+    subject: str
+    state: str
+    what: str
+    remedy: str = ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit status: 0, or 1 where something that every run needs is missing."""
+    parser = argparse.ArgumentParser(
+        prog=program("doctor"),
+        description="Say what this machine has, which paths a run will take and why, and what is missing.",
+        epilog="example: %(prog)s --json > machine.json",
+    )
+    parser.add_argument("--json", action="store_true", help="print the findings as one JSON object")
+    arguments = parser.parse_args(argv)
+    return run_command(lambda: _report(arguments.json))
+
+
+def _report(as_json: bool) -> int:
+    findings = examine()
+    healthy = all(finding.state != WRONG for finding in findings)
+    if as_json:
+        print(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in findings]}))
+    else:
+        width = max(len(finding.subject) for finding in findings)
+        for each in findings:
+            print(f"{each.state}  {each.subject:{width}}  {each.what}{f'; {each.remedy}' * bool(each.remedy)}")
+        print("ready to train" if healthy else "not ready: see the lines that begin with !!")
+    return 0 if healthy else 1
+
+
+def examine() -> list[Finding]:
+    """Look at everything, the needed packages first: without them, what depends on them is left out."""
+    here = machine()
+    memory = f", {here['ram_gib']:.1f} GiB" if here["ram_gib"] else ""
+    cores = f"{here['logical_cores']} logical cores"
+    findings = [
+        Finding("machine", GOOD, f"{here['processor']}, {cores}{memory}, {here['os']}, {here['python']}"),
+        _cache(),
+    ]
+    packages = [_needed(name) for name in NEEDED]
+    findings += packages
+    if all(finding.state == GOOD for finding in packages):
+        checks = (_device, _gpu, _loader, _normalisation, _fused, _compiler, _data)
+        findings += [_examined(check) for check in checks]
+    return findings + [_extra(name, *about) for name, about in EXTRAS.items()]
+
+
+def _examined(check: Callable[[], Finding]) -> Finding:
+    """What ``check`` finds; an error of its own is a finding too, for this command is run where something is broken."""
+    try:
+        return check()
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        return Finding(check.__name__.strip("_"), WRONG, f"cannot be examined ({why})", "install its package again")
+
+
+def _needed(name: str) -> Finding:
+    try:
+        return Finding(name, GOOD, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, WRONG, "not installed", f"pip install {name}")
+
+
+def _extra(name: str, module: str, purpose: str, remedy: str) -> Finding:
+    if importlib.util.find_spec(module) is None:
+        return Finding(name, OPTIONAL, f"not installed; it is for {purpose}", remedy)
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        version = "installed"
+    return Finding(name, GOOD, f"{version}, for {purpose}")
+
+
+def _cache() -> Finding:
+    try:
+        folder = cache_folder()
+        above = next(each for each in (folder, *folder.parents) if each.exists())
+    except OSError as error:
+        return Finding("cache", WRONG, str(error), "set RSENGINE_CACHE to a folder that you may write to")
+    if not os.access(above, os.W_OK | os.X_OK):
+        return Finding(
+            "cache", WRONG, f"{folder} cannot be written", "set RSENGINE_CACHE to a folder that you may write to"
+        )
+    free = shutil.disk_usage(above).free / 2**30
+    return Finding("cache", GOOD, f"{folder}, {free:.1f} GiB free on its disk")
+
+
+def _device() -> Finding:
+    from rsengine.device import choose_execution
+
+    execution = choose_execution()
+    return Finding("device", GOOD, f"{execution.reason}; {execution.threads} threads")
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        return Finding("GPU", GOOD, f"{names}; each step one CUDA-graph replay")
+    if torch.version.cuda is None and torch.version.hip is None:
+        remedy = "with an NVIDIA GPU, install a build of PyTorch for CUDA (pytorch.org/get-started)"
+        return Finding("GPU", OPTIONAL, "this build of PyTorch is for the CPU alone", remedy)
+    remedy = "where there is one, see that `nvidia-smi` lists it: the driver may be missing or too old"
+    return Finding("GPU", OPTIONAL, "PyTorch sees none", remedy)
+
+
+def _loader() -> Finding:
+    from rsengine.input.choose import choose_loader
+
+    return Finding("loader", GOOD, choose_loader("auto").reason)
+
+
+def _normalisation() -> Finding:
+    from rsengine.kernels import explain
+
+    chosen = explain("batch_norm")
+    slow = chosen.startswith("batch_norm: eager on cpu")
+    return Finding(
+        "batch norm",
+        OPTIONAL if slow else GOOD,
+        chosen.removeprefix("batch_norm: "),
+        "install a C compiler, such as gcc, for passes that are faster" if slow else "",
+    )
+
+
+def _fused() -> Finding:
+    from rsengine.kernels import explain
+
+    return Finding("kernels", GOOD, explain("squeeze_excite_residual").removeprefix("squeeze_excite_residual: "))
+
+
+def _compiler() -> Finding:
+    from rsengine.device import choose_execution
+    from rsengine.engine.compiler import check_compiler
+
+    try:
+        check_compiler(choose_execution())
+    except UserError as error:
+        return Finding("--compile", OPTIONAL, " ".join(str(error).split()))
+    return Finding("--compile", GOOD, "torch.compile has the compiler that it needs")
+
+
+def _data() -> Finding:
+    from rsengine.data import DataError, find_dataset
+    from rsengine.data.find import NotConverted
+
+    try:
+        dataset = find_dataset(conversion=False, log=lambda _line: None)
+    except NotConverted as error:
+        return Finding("data", OPTIONAL, str(error), "rsengine convert SOURCE --out data/NAME does it once and for all")
+    except DataError as error:
+        return Finding("data", OPTIONAL, str(error), "rsengine train --data digits needs none")
+    return Finding("data", GOOD, f"{dataset.name} in {dataset.folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
