@@ -199,15 +199,13 @@ class Run:
     def plot(self) -> Figure:
         """Loss, accuracy and learning rate against epochs, as a matplotlib figure, which notebooks show."""
         from rsengine.run.plots import curves
-        from rsengine.run.progress import in_notebook
-
-        if in_notebook():
-            import matplotlib.pyplot  # noqa: F401 (teaches the notebook to show figures)
 
         epochs, intervals = self._log.records(EPOCH), self._log.records(INTERVAL)
         if not epochs and not intervals:
             raise InputError(f"{self.folder / METRICS_FILE}: holds no records to plot yet; go on with the run")
-        return curves(epochs, intervals, None, title=f"{self.recipe.name}: {self.folder.name}")
+        figure = curves(epochs, intervals, None, title=f"{self.recipe.name}: {self.folder.name}")
+        figure._repr_png_ = functools.partial(_png, figure)  # a notebook shows figures of pyplot alone by itself
+        return figure
 
     def load(self) -> Model:
         """The network of this run, as :func:`load` gives it."""
@@ -315,6 +313,13 @@ def _exporter() -> Any:
     if importlib.util.find_spec("rsengine.export") is None:
         raise UserError("export: this version of rsengine cannot export; install a newer one")
     return importlib.import_module("rsengine.export").export
+
+
+def _png(figure: Figure) -> bytes:
+    """``figure`` as wide as the cell of a notebook."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=0.6 * figure.dpi)
+    return picture.getvalue()
 
 
 def _table(records: list[dict[str, Any]]) -> History:

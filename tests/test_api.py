@@ -4,6 +4,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import inspect
+import io
 import os
 import signal
 import subprocess
@@ -73,6 +74,7 @@ def test_a_plot_has_the_curves_of_the_history(run):
     loss, accuracy, rate = run.plot().axes
     drawn = {line.get_label(): line.get_ydata() for line in accuracy.get_lines()}
     assert drawn["test, EMA weights"] == pytest.approx([100 * value for value in run.history["test_accuracy_ema"]])
+    assert Image.open(io.BytesIO(run.plot()._repr_png_())).size == (756, 792)  # what notebooks look for
     assert loss.get_ylabel() == "Loss" and rate.get_ylabel() == "Learning rate"
 
 
