@@ -420,7 +420,7 @@ def test_a_disk_that_fills_up_ends_a_run_in_one_line(toy, toy_dataset, capsys, m
         assert toy("--epochs", "1", "--set", "train.limit_train_batches=2", out=f"full{limit}") == 2
         error = capsys.readouterr().err
         assert re.match(
-            rf"error: full{limit}/[\w.]+: cannot be written \(No space left on device\): the disk is full", error
+            rf"error: full{limit}[/\w.]*: cannot be written \(No space left on device\): the disk is full", error
         )
         assert error.count("\n") == 1 and not list(Path(f"full{limit}").glob(".*"))
 

@@ -85,7 +85,7 @@ def write_split(
     with (
         tqdm(total=len(split), desc=path.stem, unit="img", leave=False, disable=None if progress else True) as bar,
         BetonWriter(path, split.labels) as writer,
-        _large_pictures_refused(),
+        warnings.catch_warnings(),  # decoding sets the filters, and threads put them back in any order
         contextlib.closing(_parts(split, mode, workers)) as parts,
     ):
         for images, part in parts:
@@ -183,14 +183,3 @@ def _values(pixels: np.ndarray) -> np.ndarray:
         for channel, count in enumerate(counts):
             count += np.bincount(pixels[start : start + BLOCK, channel], minlength=256)
     return counts
-
-
-@contextlib.contextmanager
-def _large_pictures_refused() -> Iterator[None]:
-    """Let Pillow raise for a picture that is absurdly large.
-
-    Decoding does that too, but there threads put the filters of warnings back in any order.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield

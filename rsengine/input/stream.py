@@ -58,12 +58,7 @@ class StreamLoader(BetonLoader):
             self._gather(self._file, self.reader.pointers, chosen, out.reshape(len(out), -1))
         else:
             for place, image in zip(chosen.tolist(), out, strict=True):
-                try:
-                    image[:] = self.reader.image(place)
-                except OSError as error:  # Pillow's
-                    raise DataError(
-                        f"{self.reader.path}: image {place} cannot be decoded ({error}); convert the data set again"
-                    ) from error
+                image[:] = self.reader.image(place)
 
 
 def ahead(make: Callable[[int], Any], count: int, most: int = BATCHES_AHEAD) -> Iterator[Any]:

@@ -41,7 +41,7 @@ def test_a_new_name_is_lost_though_its_file_is_synced():
 
 def test_writes_are_lost_one_by_one_and_a_killed_process_loses_none():
     appends = [Operation(i, "write", "log", "", i - 1, b"%d" % i) for i in (1, 2, 3)]
-    assert found(appends, {"log": b""}, "log")[-1] == {b"", b"123", b"\0\0\0", b"1", b"\023", b"12"}
+    assert found(appends, {"log": b""}, "log")[-1] == {b"", b"123", b"\0\0\0", b"1", b"\x0023", b"12"}
     disk = Disk({"log": b""})
     for each in appends:
         disk.follow(each)

@@ -20,6 +20,7 @@ from rsengine.data.beton import split as split_module
 from rsengine.data.beton import writer as writer_module
 from rsengine.data.beton.reader import METADATA, SAMPLE, BetonReader, read_header
 from rsengine.data.beton.split import Measured, refuse_bad, verify_beton, write_split
+from rsengine.data.sources import images as images_module
 from rsengine.data.sources.images import ArraySplit, EncodedSplit
 from rsengine.device import preserved_threads
 from tests.data.data_builders import class_folders, pixels
@@ -254,7 +255,7 @@ def test_an_image_too_large_for_any_page(tmp_path, monkeypatch):
 
 def test_warnings_are_as_before_and_large_pictures_refused_from_any_thread(tmp_path, monkeypatch):
     monkeypatch.setattr(split_module, "CHUNK", 1)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)
+    monkeypatch.setattr(images_module, "LARGEST_AREA", 150)
     content = class_folders(tmp_path / "pets", each=30, size=(12, 12))
     Image.fromarray(pixels(1, 0, 14, 14)[0]).save(tmp_path / "pets" / "train" / "cat" / "large.png")
     before = list(warnings.filters)

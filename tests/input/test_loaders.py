@@ -143,13 +143,17 @@ class Slow(SeededOperation):
 
 
 def test_ctrl_c_ends_a_loop_and_its_thread(toy_dataset, kind):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     running = threading.active_count()
     timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))  # while the first batch is awaited
     batches = kind(toy_dataset.train_beton, 50, augmentations=[Slow()]).epoch()
-    with pytest.raises(KeyboardInterrupt), contextlib.closing(batches):
-        timer.start()
-        next(batches)
-    timer.join()
+    try:
+        with pytest.raises(KeyboardInterrupt), contextlib.closing(batches):
+            timer.start()
+            next(batches)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
     assert threading.active_count() == running
 
 

@@ -146,7 +146,7 @@ def test_an_error_of_the_users_passes_as_it_is(jpeg_dataset, tmp_path):
     damaged[start : start + len(other)] = other.tobytes()
     path = tmp_path / "damaged.beton"
     path.write_bytes(damaged)
-    with pytest.raises(DataError, match="image 40 cannot be decoded .*; convert the data set again"):
+    with pytest.raises(DataError, match="image 40 is no JPEG that can be decoded .*; convert the data set again"):
         list(StreamLoader(path, 16).epoch())
     error = DataError("a file: is damaged; convert it again")
     with pytest.raises(DataError) as raised:
