@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,35 @@ class WeightsError(UserError):
     """Weights that cannot be used. The message is one line with the remedy."""
 
 
+class Description(NamedTuple):
+    """What a network is and how to feed it: all that its weights do not say."""
+
+    recipe: Recipe
+    classes: tuple[str, ...]
+    image_size: tuple[int, int]  # height, width
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def to_metadata(self) -> dict[str, str]:
+        """As texts by name, which every format of files can hold."""
+        values = {key: json.dumps(list(getattr(self, key))) for key in ("classes", "image_size", "mean", "std")}
+        return {"recipe": self.recipe.to_toml(), **values}
+
+    @classmethod
+    def of_metadata(cls, metadata: Field, origin: str) -> Description:
+        """What :meth:`to_metadata` gave. ``origin``: of the recipe, for messages. Raises FieldError or RecipeError."""
+        recipe = Recipe.from_toml(metadata["recipe"].text(), f"{origin}: recipe")
+        values = {key: Field.of_json(metadata[key].text(), key) for key in ("classes", "image_size", "mean", "std")}
+        classes = tuple(each.text(any_bytes=True) for each in values["classes"].items())  # of folders, as a rule
+        if not classes:
+            raise values["classes"].error("names of classes")
+        height, width = (side.integer(1, LARGEST_SIDE) for side in values["image_size"].items(2))
+        mean = tuple(each.number(0, 1) for each in values["mean"].items(3))
+        # The 0 of a channel without spread, as older versions wrote it, counts as 1.
+        std = tuple(each.number(_SMALLEST_STD if each.value else 0, 1) for each in values["std"].items(3))
+        return cls(recipe, classes, (height, width), mean, std)
+
+
 @dataclass(frozen=True)
 class Weights:
     """A trained network and how to feed it."""
@@ -45,6 +75,10 @@ class Weights:
     image_size: tuple[int, int]  # height, width
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @property
+    def description(self) -> Description:
+        return Description(self.recipe, self.classes, self.image_size, self.mean, self.std)
 
 
 def save_weights(folder: Path, model: nn.Module, recipe: Recipe, dataset: object) -> Path:
@@ -82,14 +116,8 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _metadata(state: Mapping[str, Tensor], recipe: Recipe, dataset: object) -> dict[str, str]:
-    metadata = {
-        "format": _FORMAT,
-        "recipe": recipe.to_toml(),
-        "classes": json.dumps(list(dataset.classes)),
-        "image_size": json.dumps(list(dataset.image_size)),
-        "mean": json.dumps(list(dataset.mean)),
-        "std": json.dumps(list(dataset.std)),
-    }
+    described = Description(recipe, dataset.classes, dataset.image_size, dataset.mean, dataset.std)
+    metadata = {"format": _FORMAT, **described.to_metadata()}
     return metadata | {_CHECKSUM: _checksum(state, metadata)}
 
 
@@ -104,6 +132,19 @@ def _checksum(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return total.hexdigest()
 
 
+def weights_file(path: str | Path) -> Path:
+    """The weights that ``path`` is, or that lie in the run folder that it is. Raises :class:`WeightsError`: none do."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            path = path / WEIGHTS_FILE
+        if not path.is_file():
+            raise WeightsError(f"{path}: no such file; give a run folder whose training has finished an epoch")
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
+    return path
+
+
 def load_weights(path: str | Path) -> Weights:
     """Read what :func:`save_weights` wrote; ``path`` is the file or its run folder.
 
@@ -112,12 +153,8 @@ def load_weights(path: str | Path) -> Weights:
             other types or out of range, tensors that are not those of the recipe's network, numbers that are not
             finite. The line names the file and the field.
     """
-    path = Path(path)
+    path = weights_file(path)
     try:
-        if path.is_dir():
-            path = path / WEIGHTS_FILE
-        if not path.is_file():
-            raise WeightsError(f"{path}: no such file; give a run folder whose training has finished an epoch")
         metadata, state = _read(path)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
@@ -154,16 +191,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def _checked(metadata: Field, state: dict[str, Tensor], path: Path) -> Weights:
     """The weights that metadata and tensors describe. Raises FieldError or RecipeError."""
-    recipe = Recipe.from_toml(metadata["recipe"].text(), f"{path}: recipe")
-    values = {key: Field.of_json(metadata[key].text(), key) for key in ("classes", "image_size", "mean", "std")}
-    classes = tuple(each.text(any_bytes=True) for each in values["classes"].items())  # of folders, as a rule
-    if not classes:
-        raise values["classes"].error("names of classes")
-    height, width = (side.integer(1, LARGEST_SIDE) for side in values["image_size"].items(2))
-    mean = tuple(each.number(0, 1) for each in values["mean"].items(3))
-    # The 0 of a channel without spread, as older versions wrote it, counts as 1.
-    std = tuple(each.number(_SMALLEST_STD if each.value else 0, 1) for each in values["std"].items(3))
-    model = build_model(recipe, len(classes))
+    described = Description.of_metadata(metadata, str(path))
+    model = build_model(described.recipe, len(described.classes))
     check_like(Field(state, "tensors"), model.state_dict())
     model.load_state_dict(state)
-    return Weights(model.eval(), recipe, classes, (height, width), mean, std)
+    return Weights(model.eval(), *described)
