@@ -11,7 +11,7 @@ from rsengine.model.network import (
     drop_path_rates,
     resnet_rs,
 )
-from rsengine.model.timm_weights import from_timm
+from rsengine.model.timm_weights import from_timm, to_timm
 
 __all__ = [
     "DEPTHS",
@@ -24,4 +24,5 @@ __all__ = [
     "drop_path_rates",
     "from_timm",
     "resnet_rs",
+    "to_timm",
 ]

@@ -22,6 +22,33 @@ _FROM_TIMM = (
     (r"fc\.", lambda m: "fc."),
 )
 
+_TO_TIMM = (
+    (r"stem\.conv([123])\.", lambda m: f"conv1.{3 * int(m[1]) - 3}."),
+    (r"stem\.bn([12])\.", lambda m: f"conv1.{3 * int(m[1]) - 2}."),
+    (r"stem\.bn3\.", lambda m: "bn1."),
+    (r"stem\.pool_conv\.", lambda m: "maxpool.0."),
+    (r"stem\.pool_bn\.", lambda m: "maxpool.1."),
+    (r"stages\.(\d+)\.(\d+)\.shortcut\.conv\.", lambda m: f"layer{int(m[1]) + 1}.{m[2]}.downsample.1."),
+    (r"stages\.(\d+)\.(\d+)\.shortcut\.bn\.", lambda m: f"layer{int(m[1]) + 1}.{m[2]}.downsample.2."),
+    (r"stages\.(\d+)\.(\d+)\.se\.reduce\.", lambda m: f"layer{int(m[1]) + 1}.{m[2]}.se.fc1."),
+    (r"stages\.(\d+)\.(\d+)\.se\.expand\.", lambda m: f"layer{int(m[1]) + 1}.{m[2]}.se.fc2."),
+    (r"stages\.(\d+)\.(\d+)\.", lambda m: f"layer{int(m[1]) + 1}.{m[2]}."),
+)
+
+
+def to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename this family's state dict to timm's names, as :func:`from_timm` reads them."""
+    renamed = {}
+    for name, tensor in state_dict.items():
+        ours = name
+        for pattern, replacement in _TO_TIMM:
+            name, found = re.subn(rf"^{pattern}", replacement, name)
+            if found:
+                break
+        is_map = ".se." in ours and tensor.dim() == 2  # timm keeps these as 1x1 convolutions
+        renamed[name] = tensor[:, :, None, None] if is_map else tensor
+    return renamed
+
 
 def from_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a timm ``resnetrs*`` state dict to this family's names. Works for gradients keyed the same way too.
