@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rsengine.config import ModelSection
 from rsengine.data.errors import UserError
-from rsengine.model import DEPTHS, from_timm
+from rsengine.model import DEPTHS, divisible, from_timm
 from rsengine.run.files import WEIGHTS_FILE, utf8_path
 
 TIMM_FILES = ("model.safetensors", "pytorch_model.bin")  # as timm and the Hub name them in a folder
@@ -101,20 +101,37 @@ def architecture_of(path: Path, state: Mapping[str, Tensor]) -> ModelSection:
         if found := re.match(r"stages\.(\d{1,4})\.(\d{1,4})\.", name):
             blocks.setdefault(int(found[1]), set()).add(int(found[2]))
     needed = ("stem.conv1.weight", "stages.0.0.conv1.weight", "stages.0.0.se.reduce.weight")
+    first = [f"stages.{stage}.0" for stage in sorted(blocks)]
     missing = [name for name in needed if name not in state or state[name].dim() < 2]
     counts = tuple(len(blocks[stage]) for stage in sorted(blocks))
     if missing or sorted(blocks) != list(range(len(blocks))):
         lacks = first_of(missing) or "a stage"
         raise InitialError(f"--init {path}: it lacks {lacks}; give the weights of a whole ResNet-RS")
-    stem, first, reduce = (state[name] for name in needed)
+    widths = [state[f"{block}.conv1.weight"] for block in first if f"{block}.conv1.weight" in state]
+    reduce = [state[f"{block}.se.reduce.weight"] for block in first if f"{block}.se.reduce.weight" in state]
     depth = next((depth for depth, usual in DEPTHS.items() if usual == counts), None)
     return replace(
         ModelSection(dropout=0.0),
         **({"blocks": counts} if depth is None else {"depth": depth}),
-        stem_width=len(stem),
-        width_multiplier=len(first) / 64,
-        se_ratio=reduce.shape[0] / max(reduce.shape[1], 1),
+        stem_width=len(state[needed[0]]),
+        width_multiplier=_factor([(64 * 2**stage, len(width)) for stage, width in enumerate(widths)]),
+        se_ratio=_factor([(tensor[:1].numel(), len(tensor)) for tensor in reduce]),
     )
+
+
+def _factor(pairs: Sequence[tuple[int, int]]) -> float:
+    """The factor by which the first numbers become the second, rounded to multiples of 8 as :func:`divisible` does.
+
+    A stage alone tells it as exactly as its rounding allows; all together tell it better. The widest stage's quotient
+    is taken where it gives the others too.
+    """
+    base, value = pairs[-1]
+    exact = value / max(base, 1)
+    if all(divisible(base * exact) == value for base, value in pairs):
+        return exact
+    lows = [(value - 4) / max(base, 1) for base, value in pairs if value > 8]
+    highs = [(value + 4) / max(base, 1) for base, value in pairs]
+    return (max(lows, default=0) + min(highs)) / 2
 
 
 def timm_normalisation(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | tuple[None, None]:
