@@ -50,6 +50,7 @@ setup(
             "ffcv==1.0.2",
             "setuptools",  # ffcv imports distutils, which Python 3.12 and later no longer carry
         ],
+        "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5", "timm>=1.0.9"],
         "mlflow": ["mlflow>=2.14"],
         "pandas": ["pandas>=2"],
         "parquet": ["pyarrow>=14"],
@@ -57,6 +58,9 @@ setup(
         "test": [
             "fonttools>=4",
             "hypothesis>=6.100",
+            "onnx>=1.17",
+            "onnxruntime>=1.20",
+            "onnxscript>=0.5",
             "pyarrow>=14",
             "pytest>=8",
             "pytest-benchmark>=4",
@@ -64,6 +68,7 @@ setup(
             "ruff>=0.6",
             "tensorboard>=2.16",
             "timm>=1.0.9",
+            "transformers>=5",
         ],
         "wandb": ["wandb>=0.19"],
     },

@@ -84,7 +84,8 @@ def test_streams_that_are_not_the_process_s_own_stay(capsys):
 
 HELP = """
 import importlib
-for name in ("train", "evaluate", "predict", "capture_check", "gpu_check", "augment.__main__", "data.convert"):
+commands = ("train", "evaluate", "predict", "capture_check", "gpu_check")
+for name in (*commands, "augment.__main__", "export.__main__", "data.convert"):
     try:
         importlib.import_module(f"rsengine.{name}").main(["--help"])
     except SystemExit as end:
@@ -95,7 +96,7 @@ for name in ("train", "evaluate", "predict", "capture_check", "gpu_check", "augm
 def test_the_help_of_every_command_is_printed_in_any_encoding(tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(__file__).parent.parent)}
     process = start(tmp_path, HELP, env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.communicate()[0].count("usage: ") == 7 and process.returncode == 0
+    assert process.communicate()[0].count("usage: ") == 8 and process.returncode == 0
 
 
 COMMANDS = [

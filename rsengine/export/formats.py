@@ -1,0 +1,74 @@
+"""The formats that a network is exported to, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rsengine.errors import SettingsError
+from rsengine.export import program, timm_folder
+from rsengine.export.card import write_card
+from rsengine.run.files import WEIGHTS_FILE, write_atomically, writing
+from rsengine.run.weights import load_weights, weights_file
+
+# Name -> what it gives, and who reads it.
+FORMATS = {
+    "timm": "model.safetensors and config.json: timm, Hugging Face transformers",
+    "onnx": "model.onnx: ONNX Runtime and everything else that takes ONNX",
+    "torch": "model.pt2 of torch.export: PyTorch alone, without rsengine",
+    "safetensors": "weights.safetensors: the state dict, with classes and preprocessing in the metadata",
+}
+
+
+def export(
+    run: str | Path,
+    format: str,
+    out: str | Path,
+    *,
+    uint8: bool = False,
+    opset: int | None = None,
+    compiled: bool = False,
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """Write the network of a run into the folder ``out``, with a model card, ``README.md``.
+
+    Args:
+        run: a run folder, or its ``weights.safetensors``.
+        format: one of :data:`FORMATS`.
+        uint8: ``onnx`` and ``torch`` take (N, H, W, 3) uint8 pixels, in place of (N, 3, H, W) float32 normalised ones.
+        opset: ``onnx``: version of the operators; by default PyTorch's choice.
+        compiled: ``torch``: machine code by AOTInductor for this kind of processor.
+        say: called with a line where the card lacks something.
+
+    Returns:
+        The files written.
+
+    Raises:
+        SettingsError: an unknown format, an option of another one, a package that is missing, or a network that the
+            format cannot express.
+        WeightsError: there are none, or they are damaged.
+        WriteError: the disk refuses it.
+    """
+    if format not in FORMATS:
+        raise SettingsError(f"--to {format}: expected one of {', '.join(FORMATS)}")
+    takes = {"uint8": (uint8, ("onnx", "torch")), "opset": (opset is not None, ("onnx",))}
+    takes["aot-inductor"] = compiled, ("torch",)
+    for option, (given, formats) in takes.items():
+        if given and format not in formats:
+            raise SettingsError(f"--{option}: only for --to {' and '.join(formats)}; leave it out")
+    weights, folder = load_weights(run), Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise SettingsError(f"--out {folder}: is no folder; name one")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if format == "timm":
+        files = timm_folder.write(weights, folder)
+    elif format == "onnx":
+        files = program.write_onnx(weights, folder, uint8=uint8, opset=opset)
+    elif format == "torch":
+        files = program.write_torch(weights, folder, uint8=uint8, compiled=compiled)
+    else:
+        files = [folder / WEIGHTS_FILE]
+        if not (files[0].exists() and files[0].samefile(weights_file(run))):
+            write_atomically(files[0], weights_file(run).read_bytes())
+    return [*files, write_card(weights_file(run).parent, weights, folder, files[0].name, uint8=uint8, say=say)]
