@@ -14,6 +14,7 @@ from PIL import Image
 from rsengine import predict as predict_module
 from rsengine.config import Recipe
 from rsengine.model.preprocess import Preprocess
+from rsengine.run import pictures as pictures_module
 from rsengine.run.weights import load_weights, save_weights
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +67,9 @@ def test_batches_are_bounded_and_give_what_single_pictures_give(run, folder, mon
     assert seen == [4, 4, 2]
     weights = load_weights(run)
     scores = weights.model(Preprocess(Data.mean, Data.std)(torch.from_numpy(images))).softmax(1).detach()
-    shown = [re.fullmatch(r"(\d\.png): (.+) ([\d.]+)%", line).groups() for line in capsys.readouterr().out.splitlines()]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"weights: {run}/weights.safetensors, weights in safetensors: 3 classes, images of 16x16"
+    shown = [re.fullmatch(r"(\d\.png): (.+) ([\d.]+)%", line).groups() for line in lines[1:]]
     assert [name for name, *_ in shown] == names
     for row, (_, words, percent) in zip(scores, shown, strict=True):
         assert words == predict_module.escaped(CLASSES[row.argmax()])
@@ -74,18 +77,18 @@ def test_batches_are_bounded_and_give_what_single_pictures_give(run, folder, mon
 
 
 def test_what_was_classified_is_printed_before_the_next_pictures_are_read(run, folder, monkeypatch, capsys):
-    printed, plain = [], predict_module.read_image
+    printed, plain = [], pictures_module.read_image
     monkeypatch.setattr(predict_module, "PIXELS", 2 * 16 * 16)
 
     def reading(path, size):
         printed.append(capsys.readouterr().out.count("\n"))
         return plain(path, size)
 
-    monkeypatch.setattr(predict_module, "read_image", reading)
+    monkeypatch.setattr(pictures_module, "read_image", reading)
     for i in range(5):
         draw(f"{i}.png")
     assert call(run, *(f"{i}.png" for i in range(5))) == 0
-    assert printed == [0, 0, 2, 0, 2]
+    assert printed == [1, 0, 2, 0, 2]  # the first line is on the weights
 
 
 def test_bad_pictures_are_named_and_the_others_are_classified(run, folder, capsys):
@@ -95,7 +98,7 @@ def test_bad_pictures_are_named_and_the_others_are_classified(run, folder, capsy
     Path("words.txt").write_text("no picture")
     assert call(run, "a.png", "bad.png", "words.txt", "none.png", "b.png") == 1
     captured = capsys.readouterr()
-    assert [line.split(":")[0] for line in captured.out.splitlines()] == ["a.png", "b.png"]
+    assert [line.split(":")[0] for line in captured.out.splitlines()] == ["weights", "a.png", "b.png"]
     errors = captured.err.splitlines()
     assert [line.split(":")[1].strip() for line in errors] == ["bad.png", "words.txt", "none.png"]
     assert all(line.startswith("error: ") for line in errors)
@@ -105,7 +108,7 @@ def test_without_a_single_picture_the_status_is_that_of_bad_input(run, folder, c
     Path("bad.png").write_bytes(b"")
     assert call(run, "bad.png", "none.png") == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and len(captured.err.splitlines()) == 2
+    assert captured.out.count("\n") == 1 and len(captured.err.splitlines()) == 2
 
 
 def test_a_folder_stands_for_the_pictures_below_it_in_order(run, folder, capsys):
@@ -116,7 +119,7 @@ def test_a_folder_stands_for_the_pictures_below_it_in_order(run, folder, capsys)
     assert call(run, "in", "empty", "last.png") == 1
     captured = capsys.readouterr()
     names = [line.split(":")[0] for line in captured.out.splitlines()]
-    assert names == ["in/a.png", "in/b.PNG", "in/cats/10.bmp", "in/cats/2.bmp", "last.png"]
+    assert names == ["weights", "in/a.png", "in/b.PNG", "in/cats/10.bmp", "in/cats/2.bmp", "last.png"]
     assert captured.err.startswith("error: empty: holds no pictures") and captured.err.count("\n") == 1
 
 
@@ -132,7 +135,7 @@ def test_names_of_any_bytes_are_printed_one_a_line(run, folder, settings):
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | settings
     done = subprocess.run(command, env=environment, capture_output=True)
     assert done.returncode == 1, done.stderr
-    assert len(done.stdout.splitlines()) == 4 and done.stdout.count(b"%") == 12
+    assert len(done.stdout.splitlines()) == 1 + 4 and done.stdout.count(b"%") == 12
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith(b"error: bad")
     assert b"\x1b" not in done.stdout and b"\\x1b[2J.png: " in done.stdout
 
@@ -142,6 +145,46 @@ def test_interrupting_says_so_in_one_line(run, folder, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     draw("a.png")
-    monkeypatch.setattr(predict_module, "read_image", interrupt)
+    monkeypatch.setattr(pictures_module, "read_image", interrupt)
     assert call(run, "a.png") == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_results_go_into_a_file_in_place_of_lines(run, folder, capsys):
+    shown = [draw(f"{i}.png") for i in range(3)]
+    Path("bad.png").write_bytes(b"")
+    assert call(run, *(f"{i}.png" for i in range(3)), "bad.png", "--out", "deep/x.npy", "--top", 5) == 1
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[1:] == ["wrote deep/x.npy: 3 pictures"] and captured.err.startswith("error: bad")
+    expected = predict_module.predict(load_weights(run), np.stack(shown)).numpy()
+    assert np.array_equal(np.load("deep/x.npy"), expected)
+
+
+def test_labelled_input_is_measured(run, folder, capsys):
+    images = RNG.integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    best = predict_module.predict(load_weights(run), images).argmax(1).numpy()
+    labels = best.copy()
+    labels[:5] = (best[:5] + 1) % 3
+    np.savez("x.npz", images=images, labels=labels)
+    assert call(run, "x.npz", "--pictures", "drawn") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("x.npz[0]: ") and "accuracy 75.00% on 20 labelled images" in lines
+    assert {path.name for path in Path("drawn").iterdir()} == {"confusion.png", "mistakes.png"}
+    assert call(run, "x.npz") == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("--pictures DIR draws")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--top", 0], "--top 0: expected at least 1"), (["--out", "x.txt"], "--out x.txt: expected a name that ends")],
+)
+def test_options_out_of_range_are_one_line(run, folder, capsys, options, words):
+    draw("a.png")
+    assert call(run, "a.png", *options) == 2
+    assert (error := capsys.readouterr().err).startswith(f"error: {words}") and error.count("\n") == 1
+
+
+def test_pictures_of_unlabelled_input_are_said_to_be_lacking(run, folder, capsys):
+    draw("a.png")
+    assert call(run, "a.png", "--pictures", "drawn") == 0
+    assert "no picture that was read has a label" in capsys.readouterr().out and not Path("drawn").exists()

@@ -44,7 +44,7 @@ REMEDY = "repair or remove it"
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
-def decode_rgb(data: bytes, name: str) -> np.ndarray:
+def decode_rgb(data: bytes, name: str, formats: Sequence[str] = FORMATS) -> np.ndarray:
     """Decode a picture to RGB.
 
     Grey, palette and CMYK pictures are converted, 16-bit grey is scaled to 8 bits, transparent pixels are laid over
@@ -53,6 +53,7 @@ def decode_rgb(data: bytes, name: str) -> np.ndarray:
     Args:
         data: the content of the file.
         name: for the error message.
+        formats: Pillow's names of the decoders to try.
 
     Returns:
         (height, width, 3) uint8 RGB, contiguous.
@@ -68,7 +69,7 @@ def decode_rgb(data: bytes, name: str) -> np.ndarray:
             if data.startswith(PNG_SIGNATURE):
                 with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
                     picture.verify()  # checks the checksum of every chunk, which loading does not; for one use only
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            with Image.open(io.BytesIO(data), formats=formats) as picture:
                 if max(picture.size) > LARGEST_SIDE or picture.width * picture.height > LARGEST_AREA:
                     raise DataError(
                         f"{name}: {picture.width}×{picture.height} pixels is too large; scale it down or remove it"
@@ -81,7 +82,7 @@ def decode_rgb(data: bytes, name: str) -> np.ndarray:
     except DataError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise DataError(f"{name}: not an image this program reads ({', '.join(FORMATS)}); {REMEDY}") from error
+        raise DataError(f"{name}: not an image this program reads ({', '.join(formats)}); {REMEDY}") from error
     except (Image.DecompressionBombError, MemoryError) as error:
         raise DataError(f"{name}: {str(error) or 'more than memory holds'}; scale it down or remove it") from error
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
