@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", help="a run folder, or its weights.safetensors")
     parser.add_argument("--to", required=True, choices=FORMATS, help="the format")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write into")
+    parser.add_argument("--out", required=True, metavar="DIR|FILE", help="the folder to write into, or the file")
     parser.add_argument(
         "--uint8",
         action="store_true",

@@ -86,12 +86,12 @@ _USES = {
 
 
 def write_card(
-    run: Path, weights: Weights, folder: Path, file: str, *, uint8: bool, say: Callable[[str], None] = print
+    run: Path | None, weights: Weights, folder: Path, file: str, *, uint8: bool, say: Callable[[str], None] = print
 ) -> Path:
     """Write ``README.md`` into ``folder``.
 
     Args:
-        run: the folder that the weights come from, whose log has the results, if there is one.
+        run: the folder that the weights come from, whose log has the results, if there is one; None: unknown.
         weights: what was exported.
         file: the name of the exported file.
         uint8: whether it takes pixels.
@@ -104,7 +104,7 @@ def write_card(
     if use is not _TIMM:
         places |= {"picture": _PICTURE.format(**places), "images": _IMAGES[uint8].format(**places)}
         use = use.format(**places)
-    result, data = _result(run), _data_name(run, say)
+    result, data = (None, None) if run is None else (_result(run), _data_name(run, say))
     front: dict[str, Any] = {
         "library_name": library,
         "pipeline_tag": "image-classification",

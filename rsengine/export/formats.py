@@ -9,7 +9,7 @@ from rsengine.errors import SettingsError
 from rsengine.export import program, timm_folder
 from rsengine.export.card import write_card
 from rsengine.run.files import WEIGHTS_FILE, write_atomically, writing
-from rsengine.run.weights import load_weights, weights_file
+from rsengine.run.weights import Weights, load_weights, weights_bytes, weights_file
 
 # Name -> what it gives, and who reads it.
 FORMATS = {
@@ -20,8 +20,11 @@ FORMATS = {
 }
 
 
+_FILES = {"onnx": program.ONNX_FILE, "torch": program.TORCH_FILE, "safetensors": WEIGHTS_FILE}
+
+
 def export(
-    run: str | Path,
+    run: str | Path | Weights,
     format: str,
     out: str | Path,
     *,
@@ -33,7 +36,9 @@ def export(
     """Write the network of a run into the folder ``out``, with a model card, ``README.md``.
 
     Args:
-        run: a run folder, or its ``weights.safetensors``.
+        run: a run folder, its ``weights.safetensors``, or weights that :func:`rsengine.run.weights.load_weights` read.
+        out: a folder; or the name of the file to write, which ends in ``.onnx``, ``.pt2`` or ``.safetensors`` as the
+            format's does, without a card.
         format: one of :data:`FORMATS`.
         uint8: ``onnx`` and ``torch`` take (N, H, W, 3) uint8 pixels, in place of (N, 3, H, W) float32 normalised ones.
         opset: ``onnx``: version of the operators; by default PyTorch's choice.
@@ -56,19 +61,24 @@ def export(
     for option, (given, formats) in takes.items():
         if given and format not in formats:
             raise SettingsError(f"--{option}: only for --to {' and '.join(formats)}; leave it out")
-    weights, folder = load_weights(run), Path(out)
+    weights, path = run if isinstance(run, Weights) else load_weights(run), Path(out)
+    alone = format in _FILES and path.suffix == Path(_FILES[format]).suffix and not path.is_dir()
+    folder = path.parent if alone else path
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"--out {folder}: is no folder; name one")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if format == "timm":
         files = timm_folder.write(weights, folder)
-    elif format == "onnx":
-        files = program.write_onnx(weights, folder, uint8=uint8, opset=opset)
-    elif format == "torch":
-        files = program.write_torch(weights, folder, uint8=uint8, compiled=compiled)
     else:
-        files = [folder / WEIGHTS_FILE]
-        if not (files[0].exists() and files[0].samefile(weights_file(run))):
-            write_atomically(files[0], weights_file(run).read_bytes())
-    return [*files, write_card(weights_file(run).parent, weights, folder, files[0].name, uint8=uint8, say=say)]
+        files = [path if alone else folder / (program.COMPILED_FILE if compiled else _FILES[format])]
+        if format == "onnx":
+            program.write_onnx(weights, files[0], uint8=uint8, opset=opset)
+        elif format == "torch":
+            program.write_torch(weights, files[0], uint8=uint8, compiled=compiled)
+        else:
+            write_atomically(files[0], weights_bytes(weights.model, weights.recipe, weights))
+    if alone:
+        return files
+    source = None if isinstance(run, Weights) else weights_file(run).parent
+    return [*files, write_card(source, weights, folder, files[0].name, uint8=uint8, say=say)]

@@ -54,8 +54,8 @@ def metadata_of(weights: Weights, uint8: bool) -> dict[str, str]:
     return {"format": FORMAT, **weights.description.to_metadata(), "input": PIXELS if uint8 else NORMALISED}
 
 
-def write_onnx(weights: Weights, folder: Path, *, uint8: bool = False, opset: int | None = None) -> list[Path]:
-    """Write ``model.onnx`` by PyTorch's exporter over ``torch.export``; input ``images``, output ``logits``.
+def write_onnx(weights: Weights, path: Path, *, uint8: bool = False, opset: int | None = None) -> None:
+    """Write an ONNX file by PyTorch's exporter over ``torch.export``; input ``images``, output ``logits``.
 
     Args:
         uint8: take pixels, see :func:`metadata_of`.
@@ -84,15 +84,13 @@ def write_onnx(weights: Weights, folder: Path, *, uint8: bool = False, opset: in
         raise SettingsError(f"--opset {opset}: PyTorch writes version {written} of the operators; leave it out")
     program.model.producer_name = "rsengine"
     program.model.metadata_props.update(metadata_of(weights, uint8))
-    path = folder / ONNX_FILE
     with atomic_path(path) as temporary:
         program.save(str(temporary), external_data=False)
-    return [path]
 
 
-def write_torch(weights: Weights, folder: Path, *, uint8: bool = False, compiled: bool = False) -> list[Path]:
-    """Write ``model.pt2`` by ``torch.export``; or with ``compiled``, ``model-compiled.pt2``: machine code for this kind
-    of processor, by AOTInductor, which needs a C++ compiler.
+def write_torch(weights: Weights, path: Path, *, uint8: bool = False, compiled: bool = False) -> None:
+    """Write a program of ``torch.export``; or with ``compiled``, machine code for this kind of processor by
+    AOTInductor, which needs a C++ compiler.
 
     Raises:
         SettingsError: it cannot be compiled.
@@ -105,16 +103,15 @@ def write_torch(weights: Weights, folder: Path, *, uint8: bool = False, compiled
         if not compiled:
             content = io.BytesIO()
             torch.export.save(program, content, extra_files={DESCRIPTION: json.dumps(metadata)})
-            write_atomically(folder / TORCH_FILE, content.getvalue())
-            return [folder / TORCH_FILE]
+            write_atomically(path, content.getvalue())
+            return
         with temporary_folder("compiled") as scratch, _one_line("--aot-inductor"):
             package = torch._inductor.aoti_compile_and_package(
                 program,
                 package_path=str(scratch / COMPILED_FILE),
                 inductor_configs={"aot_inductor.metadata": metadata},
             )
-            write_atomically(folder / COMPILED_FILE, Path(package).read_bytes())
-    return [folder / COMPILED_FILE]
+            write_atomically(path, Path(package).read_bytes())
 
 
 def _network(weights: Weights, uint8: bool) -> tuple[nn.Module, Tensor]:

@@ -83,12 +83,17 @@ class Weights:
 
 def save_weights(folder: Path, model: nn.Module, recipe: Recipe, dataset: object) -> Path:
     """Write ``weights.safetensors`` into ``folder``, atomically. ``dataset``: a :class:`rsengine.data.Dataset`."""
+    path = Path(folder) / WEIGHTS_FILE
+    write_atomically(path, weights_bytes(model, recipe, dataset))
+    return path
+
+
+def weights_bytes(model: nn.Module, recipe: Recipe, dataset: object) -> bytes:
+    """The content of ``weights.safetensors``. ``dataset``: as in :func:`save_weights`, or :class:`Weights`."""
     from safetensors.torch import save
 
-    path = Path(folder) / WEIGHTS_FILE
     state = _state(model)
-    write_atomically(path, save(state, _metadata(state, recipe, dataset)))
-    return path
+    return save(state, _metadata(state, recipe, dataset))
 
 
 def holds_weights(path: Path, model: nn.Module, recipe: Recipe, dataset: object) -> bool:

@@ -10,12 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rsengine import evaluate, predict
-from rsengine.export import FORMATS, load_classifier
+from rsengine.export import FORMATS, export, load_classifier
 from rsengine.export.__main__ import main
 from rsengine.run.log import RunLog
-from rsengine.run.weights import WeightsError
+from rsengine.run.weights import WeightsError, holds_weights
 
-from .conftest import CLASSES
+from .conftest import CLASSES, Data
 
 
 def fails(capsys, *arguments):
@@ -38,10 +38,17 @@ def test_safetensors_are_the_state_dict_with_a_description(run, tmp_path, capsys
     assert load_classifier(path).classes == CLASSES
 
 
+def test_a_file_may_be_named_and_weights_given(run, tmp_path):
+    (path,) = export(run[1], "torch", tmp_path / "deep" / "net.pt2")
+    assert [each.name for each in path.parent.iterdir()] == ["net.pt2"] and load_classifier(path).classes == CLASSES
+    (path,) = export(run[1], "safetensors", tmp_path / "net.safetensors")
+    assert holds_weights(path, run[1].model, run[1].recipe, Data)
+    assert (tmp_path / "timm.onnx" / "README.md") in export(run[1], "safetensors", tmp_path / "timm.onnx")
+
+
 def test_exporting_into_the_run_itself_keeps_its_weights(run):
-    before = (run[0] / "weights.safetensors").read_bytes()
     assert main([str(run[0]), "--to", "safetensors", "--out", str(run[0])]) == 0
-    assert (run[0] / "weights.safetensors").read_bytes() == before
+    assert holds_weights(run[0] / "weights.safetensors", run[1].model, run[1].recipe, Data)
     (run[0] / "README.md").unlink()
 
 
@@ -59,17 +66,26 @@ def test_the_card_has_results_preprocessing_and_use(trained, tmp_path):
         assert words in card, words
 
 
-@pytest.mark.parametrize("uint8", [False, True], ids=["normalised", "pixels"])
-def test_the_code_in_the_card_runs(run, tmp_path, monkeypatch, capsys, uint8):
+NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "timm": ("timm", "transformers")}
+CARDS = [("torch",), ("torch", "--uint8"), ("onnx",), ("onnx", "--uint8"), ("timm",), ("safetensors",)]
+
+
+@pytest.mark.parametrize("options", CARDS, ids=" ".join)
+def test_the_code_in_the_card_runs(trained, tmp_path, monkeypatch, capsys, options):
     from PIL import Image
 
+    for package in NEEDS.get(options[0], ()):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
-    assert main([str(run[0]), "--to", "torch", "--out", ".", *["--uint8"] * uint8]) == 0
+    assert main([str(trained()[0]), "--out", ".", "--to", *options]) == 0
     Image.new("RGB", (32, 32), (200, 30, 90)).save("picture.png")
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
     capsys.readouterr()
-    exec(code, {})
+    exec(code.replace("DIR", str(tmp_path)), names := {})
     found = capsys.readouterr().out.strip()
+    if options[0] == "safetensors":
+        assert json.loads(names["about"]["classes"]) == list(CLASSES) and not found
+        return
     assert predict.main([".", "picture.png", "--top", "1"]) == 0
     assert f"picture.png: {found} " in capsys.readouterr().out
 
