@@ -48,6 +48,8 @@ def load_classifier(given: str | Path, device: str = "auto", precision: str = "f
     path = _file_in(Path(given))
     execution = choose_execution(device, precision)
     if path.suffix in _PROGRAMS:
+        if not path.exists():
+            raise WeightsError(f"{path}: no such file; give a run folder, or what rsengine.export wrote")
         if device == "cuda" or precision == "bf16":
             raise SettingsError(
                 f"{path}: a program, which runs on the CPU in float32; leave out --device and --precision, or give "

@@ -170,6 +170,12 @@ def test_damaged_exports_are_refused_in_a_line(trained, tmp_path, capsys, name, 
     assert capsys.readouterr().err.count("\n") == 2
 
 
+@pytest.mark.parametrize("name", ["none", "none.onnx", "none.pt2", "none.safetensors"])
+def test_what_is_not_there_is_said_to_be_missing(tmp_path, capsys, name):
+    assert predict.main([str(tmp_path / name), "x.png"]) == 2
+    assert "no such file; give a run folder" in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
 def test_a_program_of_others_is_refused(tmp_path):
     torch.export.save(torch.export.export(torch.nn.ReLU(), (torch.zeros(2),)), tmp_path / "model.pt2")
     with pytest.raises(WeightsError, match="without a description of classes and preprocessing"):
