@@ -6,8 +6,6 @@ Reached as ``rsengine.train`` and so on; ``docs/api.md`` shows them at work.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import inspect
 import io
 import os
@@ -290,29 +288,33 @@ class Model:
             UserError: something that is none of these, or a picture that cannot be read.
         """
         from rsengine.predict import predict
+        from rsengine.run.pictures import fitted
 
         size = self.image_size
-        pixels = [_fitted(image, name, size) for name, image in _images(images, "images")]
+        pixels = [fitted(np.ascontiguousarray(image), size, name) for name, image in _images(images, "images")]
         if not pixels:
             raise InputError("images: expected at least one, got none")
         most = max(1, BATCH_PIXELS // (size[0] * size[1]))
         parts = [np.stack(pixels[first : first + most]) for first in range(0, len(pixels), most)]
         return Predictions(np.concatenate([predict(self.weights, part).numpy() for part in parts]), self.classes)
 
-    def export(self, format: str, path: str | os.PathLike[str]) -> Path:
-        """Write the network in a format that other programs read, as ``rsengine export`` does. Returns its path.
+    def export(self, format: str, path: str | os.PathLike[str], **options: Any) -> list[Path]:
+        """Write the network in a format that other programs read: :func:`rsengine.export.export` of these weights.
+
+        Args:
+            format: ``timm``, ``onnx``, ``torch`` or ``safetensors``.
+            path: a folder, or the name of the file to write.
+            options: of that function, such as ``uint8=True``.
+
+        Returns:
+            The files written.
 
         Raises:
             UserError: no such format, or a package that it needs is missing.
         """
-        return _exporter()(self.weights, format, Path(path))
+        from rsengine.export import export
 
-
-def _exporter() -> Any:
-    """The function of :mod:`rsengine.export` that writes weights in a format."""
-    if importlib.util.find_spec("rsengine.export") is None:
-        raise UserError("export: this version of rsengine cannot export; install a newer one")
-    return importlib.import_module("rsengine.export").export
+        return export(self.weights, format, path, **options)
 
 
 def _png(figure: Figure) -> bytes:
@@ -364,18 +366,6 @@ def _channels_last(given: Any, name: str) -> np.ndarray:
             return pixels
     forms = "(N, H, W, 3) or (H, W, 3)" + ", channels first or last" * tensor
     raise InputError(f"{name}: expected uint8 RGB pixels {forms}, not normalised; got {kind} {shape}")
-
-
-def _fitted(pixels: np.ndarray, name: str, size: tuple[int, int]) -> np.ndarray:
-    """An image in the size of the network: the shorter side scaled to fit, then cropped at the centre."""
-    from rsengine.data.sources.images import resize_and_crop
-
-    pixels = np.ascontiguousarray(pixels)  # views in another order may differ in the last bit
-    if pixels.shape[:2] == size:
-        return pixels
-    if size[0] != size[1]:
-        raise InputError(f"{name}: {pixels.shape[0]}x{pixels.shape[1]} pixels; this network takes {size[0]}x{size[1]}")
-    return resize_and_crop(pixels, size[0])
 
 
 class _Callable(ModuleType):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from rsengine.errors import run_command
-from rsengine.output import escaped
+from rsengine.output import escaped, program
 from rsengine.run.files import write_atomically
 from rsengine.run.page_compare import comparison, described, grouped, read_runs
 
@@ -16,10 +16,10 @@ from rsengine.run.page_compare import comparison, described, grouped, read_runs
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m rsengine.compare",
+        prog=program("compare"),
         description="Write a page about several runs: curves in one plot, results with intervals over seeds, and what "
         "differs between the recipes.",
-        epilog="example: python -m rsengine.compare runs/a runs/b --out compare.html",
+        epilog="example: %(prog)s runs/a runs/b --out compare.html",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run folder")
     parser.add_argument("--out", default=Path("compare.html"), type=Path, help="the page (default: compare.html)")

@@ -21,11 +21,11 @@ from rsengine.engine.predictions import Predictions, joined, one_batch
 from rsengine.errors import SettingsError, run_command
 from rsengine.export import Classifier, load_classifier
 from rsengine.input.choose import choose_loader
-from rsengine.output import escaped
+from rsengine.output import escaped, program
 from rsengine.run.weights import WeightsError
 
 BATCH = 500
-EXAMPLE = "example: python -m rsengine.evaluate runs/quickstart-20261126-140000 --flip --per-class"
+EXAMPLE = "example: %(prog)s runs/quickstart-20261126-140000 --flip --per-class"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def measure(classifier: Classifier, batches: Iterable[tuple[Tensor, Tensor]], *,
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m rsengine.evaluate",
+        prog=program("evaluate"),
         description="Measure what a run has learned, in any format, on a test set.",
         epilog=EXAMPLE,
     )
@@ -98,7 +98,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     dataset = find_dataset(arguments.data)
     if tuple(dataset.classes) != classifier.classes:
         raise WeightsError(
-            f"{arguments.run}: trained on other classes than {dataset.name} has; name its data with --data"
+            f"{arguments.run}: trained on other classes than {dataset.name} has; give the data it learned with --data"
         )
     result = measure(classifier, _batches(dataset, classifier, arguments.size), flip=arguments.flip)
     calibration = result.predictions.calibration()

@@ -14,13 +14,13 @@ from torch import Tensor
 from rsengine.data import DataError
 from rsengine.errors import SettingsError, run_command
 from rsengine.export import Classifier, load_classifier
-from rsengine.output import escaped
+from rsengine.output import escaped, program
 from rsengine.run.pictures import Picture, pictures
 from rsengine.run.results import Labelled, best_of, results_file
 from rsengine.run.weights import Weights
 
 PIXELS = 256 * 32 * 32  # in a batch, so that memory does not depend on how many pictures there are
-EXAMPLE = "example: python -m rsengine.predict runs/quickstart-20261126-140000 photos/ cat.jpg --top 5 --out found.csv"
+EXAMPLE = "example: %(prog)s runs/quickstart-20261126-140000 photos/ cat.jpg --top 5 --out found.csv"
 
 
 def predict(network: Weights | Classifier, images: np.ndarray) -> Tensor:
@@ -41,7 +41,7 @@ def predict(network: Weights | Classifier, images: np.ndarray) -> Tensor:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status: 0, 1 when some pictures could not be read, 2 when none could."""
-    parser = argparse.ArgumentParser(prog="python -m rsengine.predict", description=__doc__, epilog=EXAMPLE)
+    parser = argparse.ArgumentParser(prog=program("predict"), description=__doc__, epilog=EXAMPLE)
     parser.add_argument("run", help="a run folder, or what rsengine.export wrote: a folder or a file of it")
     parser.add_argument(
         "images",

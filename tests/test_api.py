@@ -1,8 +1,6 @@
 """The Python API on a toy data set: the same run as by the command, read, plotted, stopped, and asked."""
 
 import importlib
-import importlib.machinery
-import importlib.util
 import inspect
 import io
 import os
@@ -10,21 +8,22 @@ import signal
 import subprocess
 import sys
 import threading
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import rsengine
 from rsengine import api
 from rsengine.config import Recipe, RecipeError
 from rsengine.data.errors import UserError
 from rsengine.engine.step import TrainStep
-from rsengine.predict import predict, read_image
+from rsengine.predict import predict
 from rsengine.run.log import RunLog
+from rsengine.run.pictures import read_image
 from tests.test_train import RECIPE, assert_same_tensors, state_of
 
 
@@ -223,20 +222,12 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
         rsengine.load(tmp_path)
 
 
-def test_exporting_hands_over_the_weights(model, monkeypatch, tmp_path):
-    calls = []
-    module = types.ModuleType("rsengine.export")
-    module.__spec__ = importlib.machinery.ModuleSpec("rsengine.export", None)
-    module.export = lambda *arguments: calls.append(arguments) or arguments[2]
-    monkeypatch.setitem(sys.modules, "rsengine.export", module)
-    assert model.export("onnx", str(tmp_path / "model.onnx")) == tmp_path / "model.onnx"
-    assert calls == [(model.weights, "onnx", tmp_path / "model.onnx")]
-
-
-def test_without_the_export_module_one_line_says_so(model, monkeypatch):
-    monkeypatch.setattr(api.importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(UserError, match="export: this version of rsengine cannot export"):
-        model.export("onnx", "model.onnx")
+def test_exporting_is_the_commands(model, tmp_path):
+    (written,) = model.export("safetensors", tmp_path / "model.safetensors")
+    state = load_file(written)
+    assert state.keys() == model.weights.model.state_dict().keys()
+    with pytest.raises(UserError, match="expected one of .*onnx"):
+        model.export("onyx", tmp_path / "model")
 
 
 def test_train_is_a_function_whatever_was_imported_before():

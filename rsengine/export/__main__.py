@@ -8,16 +8,16 @@ from collections.abc import Sequence
 
 from rsengine.errors import run_command
 from rsengine.export.formats import FORMATS, export
-from rsengine.output import escaped
+from rsengine.output import escaped, program
 
-EXAMPLE = "example: python -m rsengine.export runs/quickstart-20261126-140000 --to onnx --uint8 --out exported"
+EXAMPLE = "example: %(prog)s runs/quickstart-20261126-140000 --to onnx --uint8 --out exported"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status: 0, or 2 for bad input."""
     formats = "\n".join(f"  {name:12} {words}" for name, words in FORMATS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m rsengine.export",
+        prog=program("export"),
         description=f"Write the network of a run in a format that others load, with a model card.\n\n{formats}",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
