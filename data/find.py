@@ -28,7 +28,7 @@ from rsengine.temporaries import remove_abandoned, remove_folders, temporary_fol
 
 VARIABLE = "RSENGINE_DATA"
 LOCAL_FOLDER = "data"
-READING = 3  # counts the changes in what a conversion makes of a source: what was made before is not taken for it
+READING = 4  # counts the changes in what a conversion makes of a source: what was made before is not taken for it
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"  # where torchvision gets it too
 PROBE_SECONDS, DOWNLOAD_SECONDS = 4.0, 30.0  # without an answer; a download as a whole may take longer
 

@@ -15,7 +15,15 @@ from rsengine.data.sources.archives import Blob, Spool
 from rsengine.data.sources.base import Source, set_aside
 from rsengine.data.sources.images import EncodedSplit
 from rsengine.data.sources.labels import named_or_numbered
-from rsengine.data.sources.splits import CANNOT_TELL, TRAIN, indistinct, placed, testing
+from rsengine.data.sources.splits import (
+    CANNOT_TELL,
+    TRAIN,
+    indistinct,
+    placed,
+    split_column,
+    split_of_row,
+    testing,
+)
 from rsengine.data.sources.tree import Tree
 
 SUFFIX = ".parquet"
@@ -42,34 +50,41 @@ def open_parquet(
 ) -> Source:
     """Copy the encoded pictures out of Parquet files into a file in `scratch`; they are decoded later, one at a time.
 
-    A file belongs to the split that its name says, or the folder it is in: train, test or validation.
+    A row belongs to the split that a column of its file says, or else the name of the file, or the folder it is in:
+    train, test or validation.
 
     Raises:
         DataError: pyarrow is not installed, damaged file, missing columns, rows without picture, labels out of range,
             files of which it cannot be told to which split they belong.
     """
     groups = _by_split(tree, names)
-    test_split = testing(groups, str(tree.root), log)
-    read: list[EncodedSplit] = []
+    parts: dict[str, list[EncodedSplit]] = {}
+    keys: dict[str, list[str]] = {}  # not with the place of the files, on which no choice depends
     titles: list[tuple[str, ...] | None] = []
     used: list[str] = []
-    keys: list[str] = []  # not with the place of the files, on which no choice depends
+
+    def read(split: str) -> None:
+        for each in groups[split]:
+            part, classes, said = _read(tree, each, spool, label_column, split)
+            titles.append(classes)
+            used.append(each)
+            for name in dict.fromkeys(said):
+                rows = [row for row, other in enumerate(said) if other == name]
+                parts.setdefault(name, []).append(_rows(part, rows))
+                keys.setdefault(name, []).extend(f"{each} row {row}" for row in rows)
+
     with Spool(scratch / "spool-parquet") as spool:
-        for split in (TRAIN, test_split):
-            if split is not None:
-                parts = [_read(tree, each, spool, label_column) for each in groups[split]]
-                titles += [classes for _, classes in parts]
-                read.append(_joined([part for part, _ in parts]))
-                used += groups[split]
-                keys += [
-                    f"{each} row {row}"
-                    for each, (part, _) in zip(groups[split], parts, strict=True)
-                    for row in range(len(part))
-                ]
+        read(TRAIN)
+        test_split = testing({*groups, *parts}, str(tree.root), log)
+        if test_split in groups:
+            read(test_split)
+    if TRAIN not in parts:
+        raise DataError(f"{tree.root}: no rows of train, but {few(sorted(parts))}; add some")
+    chosen = [_joined(parts[split]) for split in (TRAIN, test_split) if split is not None]
     if len(set(titles)) > 1:
         raise DataError(f"{tree.root}: the Parquet files name different classes; give files of one data set")
-    classes = named_or_numbered(titles[0], read, str(tree.root), log)
-    train, test = read if test_split else set_aside(read[0], keys, test_fraction, seed, str(tree.root), log)
+    classes = named_or_numbered(titles[0], chosen, str(tree.root), log)
+    train, test = chosen if test_split else set_aside(chosen[0], keys[TRAIN], test_fraction, seed, str(tree.root), log)
     return Source(name, f"Parquet, {tree.kind}", classes, train, test, tree.checksum(used))
 
 
@@ -102,8 +117,11 @@ def _by_split(tree: Tree, names: list[str]) -> dict[str, list[str]]:
     return groups
 
 
-def _read(tree: Tree, name: str, spool: Spool, label_column: str | None) -> tuple[EncodedSplit, tuple[str, ...] | None]:
-    """One Parquet file: its samples, and its class names where it has them."""
+def _read(
+    tree: Tree, name: str, spool: Spool, label_column: str | None, split: str
+) -> tuple[EncodedSplit, tuple[str, ...] | None, list[str]]:
+    """One Parquet file: its samples, its class names where it has them, and the split of each sample, which is `split`
+    where no column says it."""
     try:
         import pyarrow as arrow
         import pyarrow.parquet
@@ -112,6 +130,7 @@ def _read(tree: Tree, name: str, spool: Spool, label_column: str | None) -> tupl
     where, blob = tree.where(name), tree.files[name]
     blobs: list[Blob] = []
     labels: list[int] = []
+    said: list[str] = []
     try:
         content = arrow.BufferReader(tree.read(name)) if tree.kind == "archive" else blob.path
         with arrow.parquet.ParquetFile(content) as file:
@@ -120,10 +139,17 @@ def _read(tree: Tree, name: str, spool: Spool, label_column: str | None) -> tupl
             label = label_column or _column(columns, LABEL_COLUMNS, where, "choose one with --label-column")
             if label not in columns:
                 raise DataError(f"{where}: no column {label}; choose from {few(columns)} with --label-column")
-            if twice := [each for each in (image, label) if columns.count(each) > 1]:
+            divided = split_column(columns, {image, label}, where)
+            wanted = [image, label, *([divided] if divided else [])]
+            if twice := [each for each in wanted if columns.count(each) > 1]:
                 raise DataError(f"{where}: has two columns {twice[0]}; leave one of them out")
             classes = _class_names(file.schema_arrow.metadata, label, where)
-            for batch in file.iter_batches(ROWS, columns=[image, label]):
+            for batch in file.iter_batches(ROWS, columns=wanted):
+                values = [] if divided is None else batch.column(batch.schema.get_field_index(divided)).to_pylist()
+                said += [
+                    split_of_row(value, str(divided), f"{where} row {row}")
+                    for row, value in enumerate(values, start=len(labels))
+                ]
                 pictures = batch.column(batch.schema.get_field_index(image)).to_pylist()
                 for row, (picture, number) in enumerate(
                     zip(pictures, batch.column(batch.schema.get_field_index(label)).to_pylist(), strict=True),
@@ -138,7 +164,7 @@ def _read(tree: Tree, name: str, spool: Spool, label_column: str | None) -> tupl
     if not labels:
         raise DataError(f"{where}: no rows; give a file with images")
     names = [f"{where} row {row}" for row in range(len(labels))]
-    return EncodedSplit(blobs, names, np.array(labels, np.int64)), classes
+    return EncodedSplit(blobs, names, np.array(labels, np.int64)), classes, said or [split] * len(labels)
 
 
 def _picture(value: Any, where: str) -> bytes:
@@ -188,6 +214,10 @@ def _inside(value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"{value!r:.40} is no {kind.__name__}")
     return value
+
+
+def _rows(split: EncodedSplit, rows: list[int]) -> EncodedSplit:
+    return EncodedSplit([split.blobs[i] for i in rows], [split.names[i] for i in rows], split.labels[rows])
 
 
 def _joined(parts: list[EncodedSplit]) -> EncodedSplit:

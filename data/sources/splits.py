@@ -7,11 +7,14 @@ where the names beside it agree, and names that differ by such a word and cannot
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
+
+from rsengine.data.errors import DataError, few
 
 TRAIN, TEST, VALIDATION = "train", "test", "validation"
 WORDS = {TRAIN: "train(?:ing)?", TEST: "test(?:ing)?", VALIDATION: "val(?:id(?:ation)?)?"}
+COLUMNS = frozenset({"split", "set", "subset", "usage", "partition"})  # that say the split of each row
 CANNOT_TELL = "it cannot be told which is for training"
 # Words of their own: not in `contest` or `trains`, but in `cifar10train`, `train_set` and `trainset`.
 _WORD = re.compile(
@@ -37,6 +40,27 @@ def placed(name: str) -> Placed:
         return Placed("", text)
     words = re.findall(r"[^\W_]+", _WORD.sub(" ", text))
     return Placed(splits.pop(), " ".join(word for word in words if not _NUMBER.fullmatch(word)))
+
+
+def split_column(columns: Sequence[str], others: Collection[str], where: str) -> str | None:
+    """The column that says the split of each row, if there is one that is none of `others`.
+
+    Raises:
+        DataError: several are called so.
+    """
+    found = [column for column in columns if column.strip().lower() in COLUMNS and column not in others]
+    if len(found) > 1:
+        raise DataError(f"{where}: the columns {few(found)} may say the splits; leave one in")
+    return found[0] if found else None
+
+
+def split_of_row(value: object, column: str, where: str) -> str:
+    """The split that a cell of such a column says. Raises DataError where it says none."""
+    if split := placed(str(value)).split:
+        return split
+    raise DataError(
+        f"{where}: {column} is {str(value)!r:.60}, none of train, test and validation; correct it, or rename the column"
+    )
 
 
 def testing(splits: Collection[str], where: str, log: Callable[[str], None]) -> str | None:

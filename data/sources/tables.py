@@ -8,7 +8,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -17,7 +17,7 @@ from rsengine.data.errors import DataError, few
 from rsengine.data.sources.base import Source, set_aside
 from rsengine.data.sources.folder_splits import is_picture
 from rsengine.data.sources.images import EncodedSplit
-from rsengine.data.sources.splits import TRAIN, placed, testing
+from rsengine.data.sources.splits import TRAIN, placed, split_column, split_of_row, testing
 from rsengine.data.sources.tree import Tree
 
 TABLES = (".csv", ".tsv")
@@ -33,15 +33,17 @@ class Table:
 
     Attributes:
         name: the file in the tree.
-        split: the split that its name says, train where it says none.
+        split: the split that a column of it says, or else its name, train where that says none.
         files: (N,) names of pictures in the tree.
         labels: (N,) class names.
+        by_column: whether a column says the split, so that the table may be a part of what the file holds.
     """
 
     name: str
     split: str
     files: list[str]
     labels: list[str]
+    by_column: bool = False
 
 
 class Pictures:
@@ -84,10 +86,10 @@ def find_tables(tree: Tree, label_column: str | None, log: Callable[[str], None]
     tables, passed_over = [], []
     for name in names:
         read = _read(tree, name, label_column)
-        if isinstance(read, Table) and SAMPLE.search(name.lower()):
+        if isinstance(read, list) and SAMPLE.search(name.lower()):
             log(f"{tree.where(name)}: ignored, a sample of a submission")
-        elif isinstance(read, Table):
-            tables.append(read)
+        elif isinstance(read, list):
+            tables += read
         elif read:
             passed_over.append(f"{tree.where(name)}: {read}")
     if passed_over and not tables and not _several_folders(tree):
@@ -125,7 +127,7 @@ def open_tables(
     classes = tuple(sorted({label for table in used for label in table.labels}))
     for table in used:
         log(f"{tree.where(table.name)}: {len(table.files)} labels of {table.split}")
-    if left := {each for each in tree.files if is_picture(each)} - {each for table in used for each in table.files}:
+    if left := {each for each in tree.files if is_picture(each)} - {each for table in tables for each in table.files}:
         log(f"{tree.root}: leaving out {len(left)} pictures without a label, such as {min(left)}")
     splits = [encoded(tree, table, classes) for table in used]
     if test_split is None:
@@ -169,8 +171,8 @@ def resolved(tree: Tree, name: str, split: str, rows: Iterable[tuple[int, str, s
     return Table(name, split, list(files), list(files.values()))
 
 
-def _read(tree: Tree, name: str, label_column: str | None) -> Table | str:
-    """A table; or why it is none, "" where it has nothing to do with the pictures."""
+def _read(tree: Tree, name: str, label_column: str | None) -> list[Table] | str:
+    """A table, in its splits; or why it is none, "" where it has nothing to do with the pictures."""
     where, split = tree.where(name), _split_of(name) or TRAIN
     pictures = Pictures(tree, os.path.dirname(name), split)
     # Any other file may be called .csv too, so what is wrong is an error only in a table of pictures.
@@ -192,7 +194,14 @@ def _read(tree: Tree, name: str, label_column: str | None) -> Table | str:
         raise DataError(f"{where} {problem}")
     if pictures.find(header[file]):
         return "its first line names no columns; add the line file,label above it"
-    label = _label_column(header, file, label_column, where)
+    divided = split_column(header, {header[file], label_column}, where)
+    place = None if divided is None else header.index(divided)
+    said = [placed(cells[place]).split for _, cells in rows[1:] if place is not None and place < len(cells)]
+    if len(header) == 2 and not any(said):
+        divided = place = None  # the classes themselves
+    label = _label_column(header, file, place, label_column, where)
+    if label is None and said and all(said):
+        raise DataError(f"{where}: its column {divided} says the splits, but none the classes; add a column label")
     if label is None:
         wanted = f"no column {label_column}" if label_column else "no column called label"
         return f"{wanted} among {few(header)}; choose one with --label-column"
@@ -201,8 +210,25 @@ def _read(tree: Tree, name: str, label_column: str | None) -> Table | str:
     for line, cells in rows[1:]:
         if len(cells) != len(header):
             raise DataError(f"{where} line {line}: {len(cells)} cells, but {len(header)} in the first line; correct it")
-    named = ((line, cells[file], cells[label].strip()) for line, cells in rows[1:])
-    return resolved(tree, name, split, named, pictures)
+    named = [(line, cells[file], cells[label].strip()) for line, cells in rows[1:]]
+    if divided is None or place is None:
+        return [resolved(tree, name, split, named, pictures)]
+    parts: dict[str, list[tuple[int, str, str]]] = {}
+    for row, (line, cells) in zip(named, rows[1:], strict=True):
+        parts.setdefault(split_of_row(cells[place], divided, f"{where} line {line}"), []).append(row)
+    return _in_splits(tree, name, parts)
+
+
+def _in_splits(tree: Tree, name: str, parts: dict[str, list[tuple[int, str, str]]]) -> list[Table]:
+    """A table for each split from the rows of one file. Raises DataError where a picture is in two of them."""
+    tables: list[Table] = []
+    for split, rows in parts.items():
+        table = resolved(tree, name, split, rows, Pictures(tree, os.path.dirname(name), split))
+        for other in tables:
+            if both := set(table.files) & set(other.files):
+                raise DataError(f"{tree.where(name)}: {min(both)} is in {other.split} and in {split}; remove one line")
+        tables.append(replace(table, by_column=True))
+    return tables
 
 
 def _file_column(
@@ -224,19 +250,22 @@ def _split_of(name: str) -> str:
     return placed(path.stem).split or placed(path.parent.name).split
 
 
-def _label_column(header: list[str], file: int, wanted: str | None, where: str) -> int | None:
+def _label_column(header: list[str], file: int, split: int | None, wanted: str | None, where: str) -> int | None:
     if wanted is not None:
         return header.index(wanted) if wanted in header else None
     fitting = [i for i, name in enumerate(header) if name.lower() in LABEL_COLUMNS]
     if len(fitting) > 1:
         names = few([header[i] for i in fitting])
         raise DataError(f"{where}: the columns {names} may hold the labels; choose one with --label-column")
-    if not fitting and len(header) == 2:
-        return 1 - file
+    others = [i for i in range(len(header)) if i not in (file, split)]
+    if not fitting and len(others) == 1:
+        return others[0]
     return fitting[0] if fitting else None
 
 
 def _repeats_folders(table: Table) -> bool:
-    """Whether there is a folder for each label and a label for each folder."""
+    """Whether there is a folder for each label and a label for each folder, and the table says no more."""
+    if table.by_column:
+        return False
     pairs = {(os.path.dirname(file), label) for file, label in zip(table.files, table.labels, strict=True)}
     return len(pairs) > 1 and len(pairs) == len({folder for folder, _ in pairs}) == len({label for _, label in pairs})

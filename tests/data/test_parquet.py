@@ -182,3 +182,18 @@ def test_classes_of_one_name(tmp_path):
     source = table(tmp_path / "train.parquet", {"label": [0, 1, 0, 1]}, named(label=["cat", "cat"]))
     with pytest.raises(DataError, match="two classes have the name cat"):
         opened(source, tmp_path)
+
+
+def test_a_column_says_the_split_of_each_row(tmp_path):
+    splits = ["train", "test", "train", "validation", "test", "train"]
+    source = table(tmp_path / "all.parquet", {"label": [0, 1, 1, 0, 0, 1], "split": splits})
+    said: list[str] = []
+    found = opened(source, tmp_path, said)
+    assert_split(found.train, pixels(6, 1)[[0, 2, 5]], [0, 1, 1])
+    assert_split(found.test, pixels(6, 1)[[1, 4]], [1, 0])
+    assert any("ignoring validation" in line for line in said)
+    for splits in (["train", "dev"], ["train", None], [0, 1]):
+        with pytest.raises(DataError, match=f"row {int(splits[0] != 0)}: split is .*, none of train, test and"):
+            opened(table(tmp_path / "all.parquet", {"label": [0, 1], "split": splits}), tmp_path)
+    with pytest.raises(DataError, match="no rows of train, but test"):
+        opened(table(tmp_path / "all.parquet", {"label": [0, 1], "split": ["test"] * 2}), tmp_path)

@@ -246,3 +246,78 @@ def test_bad_lists_of_tiny_imagenet(tmp_path, case):
     (tmp_path / "tiny" / "val" / "val_annotations.txt").write_text(text)
     with pytest.raises(DataError, match=words):
         opened(tmp_path / "tiny", tmp_path)
+
+
+DIVIDED = {
+    "split": "file,label,split\na,x,train\nb,y,train\nc,x,test\nd,y,test\n",
+    "Usage": "file,label,Usage\na,x,Training\nb,y,Training\nc,x,PublicTest\nd,y,PrivateTest\n",
+    "set": "set,file,breed\ntrain,a,x\ntrain,b,y\nval,c,x\nval,d,y\n",
+    "partition": "label\tpartition\tfile\nx\ttrain_set\ta\ny\ttrain_set\tb\nx\ttesting\tc\ny\ttesting\td\n",
+}
+
+
+@pytest.mark.parametrize("case", DIVIDED)
+def test_a_column_says_the_split_of_each_row(tmp_path, case):
+    images = pictures(tmp_path / "pets" / "images", "a.png", "b.png", "c.png", "d.png")
+    (tmp_path / "pets" / "labels.csv").write_text(DIVIDED[case])
+    found = opened(tmp_path / "pets", tmp_path)
+    assert found.classes == ("x", "y")
+    assert_split(found.train, images[:2], [0, 1])
+    assert_split(found.test, images[2:], [0, 1])
+
+
+def test_a_table_that_divides_class_folders_is_needed(tmp_path):
+    images = pictures(tmp_path / "pets", "x/a.png", "x/b.png", "y/c.png", "y/d.png")
+    lines = ["x/a.png,x,train", "x/b.png,x,test", "y/c.png,y,test", "y/d.png,y,train"]
+    (tmp_path / "pets" / "labels.csv").write_text("\n".join(["file,label,split", *lines]))
+    found = opened(tmp_path / "pets", tmp_path)
+    assert_split(found.train, images[[0, 3]], [0, 1])
+    assert_split(found.test, images[[1, 2]], [0, 1])
+    lines = [line.replace(",x,", ",").replace(",y,", ",") for line in lines]
+    (tmp_path / "pets" / "labels.csv").write_text("\n".join(["file,split", *lines]))
+    with pytest.raises(DataError, match="its column split says the splits, but none the classes; add a column label"):
+        opened(tmp_path / "pets", tmp_path)
+
+
+def test_a_validation_split_of_a_column_is_passed_over_and_said(tmp_path):
+    images = pictures(tmp_path / "pets", *(f"{name}.png" for name in "abcdef"))
+    splits = ("train", "train", "val", "val", "test", "test")
+    lines = [f"{name},{'xy'[i % 2]},{splits[i]}" for i, name in enumerate("abcdef")]
+    (tmp_path / "pets" / "labels.csv").write_text("\n".join(["file,label,subset", *lines]))
+    said: list[str] = []
+    found = opened(tmp_path / "pets", tmp_path, said)
+    assert_split(found.train, images[:2], [0, 1])
+    assert_split(found.test, images[4:], [0, 1])
+    assert any("ignoring validation" in line for line in said) and not any("without a label" in line for line in said)
+
+
+def test_the_same_names_in_the_folders_of_a_column(tmp_path):
+    for split in ("train", "test"):
+        pictures(tmp_path / "pets" / split, "1.png", "2.png")
+    (tmp_path / "pets" / "labels.csv").write_text("id,label,split\n1,x,train\n2,y,train\n2,x,test\n1,y,test\n")
+    found = opened(tmp_path / "pets", tmp_path)
+    assert_split(found.test, pixels(2, 7, 8, 8)[::-1], [0, 1])
+
+
+def test_a_column_of_classes_may_be_called_set(tmp_path):
+    pictures(tmp_path / "pets", "a.png", "b.png", "c.png", "d.png")
+    (tmp_path / "pets" / "labels.csv").write_text("file,set\na,x\nb,y\nc,x\nd,y\n")
+    assert opened(tmp_path / "pets", tmp_path).classes == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("file,label,split\na,x,train\nb,y,1\n", "line 3: split is '1', none of train, test and validation"),
+        ("file,label,split\na,x,train\nb,y,\n", "line 3: split is '', none of train"),
+        ("file,label,fold,set\na,x,1,p\nb,y,2,q\n", "line 2: set is 'p', none of .*; correct it, or rename the column"),
+        ("file,label,split,set\na,x,train,test\n", "the columns split, set may say the splits"),
+        ("file,label,split\na,x,train\na.png,x,test\n", "a.png is in train and in test; remove one line"),
+        ("file,label,split\na,x,test\nb,y,test\n", "no table of train"),
+    ],
+)
+def test_columns_of_splits_that_are_refused(tmp_path, text, words):
+    pictures(tmp_path / "pets", "a.png", "b.png")
+    (tmp_path / "pets" / "labels.csv").write_text(text)
+    with pytest.raises(DataError, match=words):
+        opened(tmp_path / "pets", tmp_path)
