@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from rsengine.data.errors import DataError, few
 from rsengine.data.paths import expanded
@@ -15,6 +15,7 @@ from rsengine.data.sources.digits import open_digits
 from rsengine.data.sources.folders import find_class_folders, open_class_folders
 from rsengine.data.sources.official import BY_ARCHIVE, LAYOUTS, find_layout, open_official, verify_archive
 from rsengine.data.sources.parquet import SUFFIX, find_parquet, open_parquet
+from rsengine.data.sources.splits import missing_part
 from rsengine.data.sources.tables import TABLES, find_tables, open_tables
 from rsengine.data.sources.tiny_imagenet import find_tiny_imagenet, open_tiny_imagenet
 from rsengine.data.sources.torchvision_sets import PREFIX, TorchvisionName, open_torchvision
@@ -22,6 +23,7 @@ from rsengine.data.sources.tree import Tree, open_tree
 
 DIGITS = "digits"
 FOLDER_FRACTION, DIGITS_FRACTION = 0.1, 0.2
+PARTS = frozenset({SUFFIX, ".npy", ".npz", *TABLES})
 FORMS = (
     "the official CIFAR-10/100 archives or folders, Parquet files, NumPy arrays (.npz), class folders "
     "(train/cat/1.jpg), pictures with a table (file,label), a tar or zip of them, torchvision:NAME, or the word digits"
@@ -90,6 +92,7 @@ def open_source(
         return open_official(tree, *found, verify=verify, log=log)
     if official is not None:
         raise DataError(f"{path}: does not hold what {path.name} should; download it again")
+    _refuse_missing_part(path, tree)
     options = {"name": source_name(path), "test_fraction": fraction, "seed": seed, "log": log}
     if files := find_parquet(tree):
         return open_parquet(tree, files, scratch, label_column=label_column, **options)
@@ -103,6 +106,17 @@ def open_source(
     if tree.kind != "file" and (folder := find_class_folders(tree)) is not None:
         return open_class_folders(tree, folder, **options)
     raise DataError(_unknown(path, tree))
+
+
+def _refuse_missing_part(path: Path, tree: Tree) -> None:
+    """Raise DataError where files, or the source itself, are parts of a whole that is not all there."""
+    inside = missing_part(name for name in tree.files if PurePosixPath(name).suffix.lower() in PARTS)
+    beside = None if tree.kind == "folder" else missing_part([path.name])
+    if (missing := beside or inside) is None:
+        return
+    if beside and (path.parent / beside).exists():
+        raise DataError(f"{path}: is one part of several, such as {missing}; give the folder that holds all of them")
+    raise DataError(f"{path}: {missing} is missing, by the names of the other parts; add it, or rename those")
 
 
 def _refuse_column(column: str | None, source: str | Path) -> None:

@@ -6,6 +6,7 @@ where the names beside it agree, and names that differ by such a word and cannot
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
@@ -22,6 +23,7 @@ _WORD = re.compile(
 )
 # Anywhere, and more of them: whatever may tell two splits apart that are not recognised.
 _HINT = re.compile("|".join((*WORDS.values(), "eval(?:uation)?", "dev", "holdout")))
+_PART = re.compile(r"(?P<before>.*?)(?P<number>\d+)(?P<of>[-_]of[-_])(?P<count>\d+)(?!\d)")  # train-00000-of-00002
 _NUMBER = re.compile(r"\d+|of|(?=[a-f]*\d)[0-9a-f]{8,}")  # in train-00000-of-00002-a09b74b3
 
 
@@ -40,6 +42,25 @@ def placed(name: str) -> Placed:
         return Placed("", text)
     words = re.findall(r"[^\W_]+", _WORD.sub(" ", text))
     return Placed(splits.pop(), " ".join(word for word in words if not _NUMBER.fullmatch(word)))
+
+
+def missing_part(names: Iterable[str]) -> str | None:
+    """The first file that is not among `names`, though those beside it number the parts that there are, as in
+    train-00000-of-00002.parquet; None where all are there."""
+    numbers: dict[tuple[str, str, str, str], set[int]] = {}
+    for name in names:
+        folder, last = os.path.split(name)
+        if part := _PART.match(last):
+            suffix = os.path.splitext(last)[1]  # between, a checksum of each may stand
+            key = os.path.join(folder, part["before"]), part["of"], part["count"], suffix
+            numbers.setdefault(key, set()).add(int(part["number"]))
+    for (before, of, count, suffix), found in numbers.items():
+        first = 1 if int(count) in found else 0
+        # No further than to the first that is missing: the number may be enormous.
+        missing = next((i for i in range(first, first + int(count)) if i not in found), None)
+        if missing is not None:
+            return f"{before}{missing:0{len(count)}}{of}{count}{suffix}"
+    return None
 
 
 def split_column(columns: Sequence[str], others: Collection[str], where: str) -> str | None:

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from rsengine.data import DataError
-from tests.data.data_builders import parquet, pixels, png
+from tests.data.data_builders import class_folders, parquet, pixels, png, tar
 from tests.data.source_builders import assert_split, opened
 
 
@@ -197,3 +197,43 @@ def test_a_column_says_the_split_of_each_row(tmp_path):
             opened(table(tmp_path / "all.parquet", {"label": [0, 1], "split": splits}), tmp_path)
     with pytest.raises(DataError, match="no rows of train, but test"):
         opened(table(tmp_path / "all.parquet", {"label": [0, 1], "split": ["test"] * 2}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["train-00000-of-00002"], "train-00001-of-00002.parquet"),
+        (["train-00001-of-00003-0123abcd", "train-00000-of-00003-4567cdef"], "train-00002-of-00003.parquet"),
+        (["train-00001-of-00001", "test_2_of_2"], "test_1_of_2.parquet"),
+        (["train-00000-of-00001", "test-00000-of-99999999999"], "test-00000000001-of-99999999999.parquet"),
+        (["data/train-00000-of-00002", "other/train-00001-of-00002"], "data/train-00001-of-00002.parquet"),
+    ],
+)
+def test_a_missing_part_is_named(tmp_path, names, missing):
+    for name in names:
+        table(tmp_path / "hub" / f"{name}.parquet", {"label": [0, 1]})
+    with pytest.raises(DataError, match=f"hub: {missing} is missing"):
+        opened(tmp_path / "hub", tmp_path)
+    with pytest.raises(DataError, match="is missing"):
+        opened(tar(tmp_path / "hub.tar", tmp_path / "hub", mode="w"), tmp_path)
+
+
+def test_a_part_given_alone(tmp_path):
+    source = table(tmp_path / "hub" / "train-00000-of-00002.parquet", {"label": [0, 1]})
+    with pytest.raises(DataError, match="parquet: train-00001-of-00002.parquet is missing, by the names"):
+        opened(source, tmp_path)
+    table(tmp_path / "hub" / "train-00001-of-00002.parquet", {"label": [0, 1]})
+    with pytest.raises(DataError, match="is one part of several, such as train-00001-of-00002.parquet; give the fol"):
+        opened(source, tmp_path)
+    assert len(opened(tmp_path / "hub", tmp_path, test_fraction=0.5).train) == 2
+
+
+@pytest.mark.parametrize("name", ["train-00000-of-00002.npz", "train-00000-of-00002.tar"])
+def test_a_part_of_another_form(tmp_path, name):
+    if name.endswith("npz"):
+        np.savez(tmp_path / name, images=pixels(4, 1), labels=np.arange(4) % 2)
+    else:
+        class_folders(tmp_path / "pets")
+        tar(tmp_path / name, tmp_path / "pets", mode="w")
+    with pytest.raises(DataError, match=f"{name}: {name.replace('00000-of', '00001-of')} is missing"):
+        opened(tmp_path / name, tmp_path)
