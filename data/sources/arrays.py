@@ -15,8 +15,7 @@ import numpy as np
 
 from rsengine.data.errors import DataError, few
 from rsengine.data.sources.base import Source, set_aside
-from rsengine.data.sources.folder_splits import is_picture
-from rsengine.data.sources.images import LARGEST_SIDE, ArraySplit, Split
+from rsengine.data.sources.images import LARGEST_SIDE, ArraySplit, Split, is_picture
 from rsengine.data.sources.labels import named_or_numbered, whole_numbers
 from rsengine.data.sources.splits import TRAIN, placed, testing
 from rsengine.data.sources.tree import Tree

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 
 from rsengine.data.errors import DataError, few
-from rsengine.data.sources.images import SUFFIXES
+from rsengine.data.sources.images import is_picture
 from rsengine.data.sources.splits import CANNOT_TELL, TRAIN, Placed, indistinct, placed
 from rsengine.data.sources.tree import Tree
 
@@ -59,11 +59,6 @@ def refuse_splits_inside(tree: Tree, folder: str) -> None:
                 f"{tree.where(parent)}: holds {pair[0]} and {pair[1]}, which would be mixed; "
                 "put train and test above the classes, as in train/cat and test/cat"
             )
-
-
-def is_picture(name: str) -> bool:
-    """Whether the name is that of a picture."""
-    return PurePosixPath(name).suffix.lower() in SUFFIXES
 
 
 def _name(folder: str) -> str:

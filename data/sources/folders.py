@@ -9,8 +9,8 @@ import numpy as np
 
 from rsengine.data.errors import DataError, few
 from rsengine.data.sources.base import Source, set_aside
-from rsengine.data.sources.folder_splits import find_splits, is_picture, refuse_splits_inside
-from rsengine.data.sources.images import EncodedSplit, Split
+from rsengine.data.sources.folder_splits import find_splits, refuse_splits_inside
+from rsengine.data.sources.images import EncodedSplit, Split, is_picture
 from rsengine.data.sources.splits import TEST, TRAIN, VALIDATION, indistinct, placed
 from rsengine.data.sources.tree import Tree
 

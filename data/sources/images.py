@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 from typing import Protocol
 
 import numpy as np
@@ -42,6 +43,11 @@ REMEDY = "repair or remove it"
 # Editors put megabytes of XMP and colour profiles into a PNG. Pillow takes one of them for an attack at its default of
 # a mebibyte, and all of them together at this.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+
+def is_picture(name: str) -> bool:
+    """Whether the name is that of a picture."""
+    return PurePosixPath(name).suffix.lower() in SUFFIXES
 
 
 def decode_rgb(data: bytes, name: str, formats: Sequence[str] = FORMATS) -> np.ndarray:

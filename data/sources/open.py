@@ -87,6 +87,9 @@ def open_source(
         # Before unpacking: an incomplete download is better called that than a damaged archive.
         verify_archive(official, str(path), file_digest(path, "md5"))
     tree = open_tree(path, scratch)
+    if tree.hidden:
+        hidden = f"{few(tree.hidden)}, hidden by the dot, though pictures lie there"
+        log(f"{path}: leaving out {hidden}; rename what is a class")
     if (found := find_layout(tree)) is not None:
         _refuse_column(label_column, path)
         return open_official(tree, *found, verify=verify, log=log)

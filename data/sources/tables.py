@@ -15,8 +15,7 @@ import numpy as np
 
 from rsengine.data.errors import DataError, few
 from rsengine.data.sources.base import Source, set_aside
-from rsengine.data.sources.folder_splits import is_picture
-from rsengine.data.sources.images import EncodedSplit
+from rsengine.data.sources.images import EncodedSplit, is_picture
 from rsengine.data.sources.splits import TRAIN, placed, split_column, split_of_row, testing
 from rsengine.data.sources.tree import Tree
 

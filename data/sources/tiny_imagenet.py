@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 from rsengine.data.errors import DataError
 from rsengine.data.sources.base import Source
-from rsengine.data.sources.folder_splits import is_picture
+from rsengine.data.sources.images import is_picture
 from rsengine.data.sources.splits import TEST, TRAIN
 from rsengine.data.sources.tables import Pictures, Table, encoded, resolved
 from rsengine.data.sources.tree import Tree

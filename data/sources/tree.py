@@ -6,11 +6,12 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rsengine.data.errors import DataError
 from rsengine.data.sources.archives import Blob, Spool, file_digest, is_archive, unpack
+from rsengine.data.sources.images import is_picture
 
 SPECIAL = {stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 IGNORED = frozenset({"thumbs.db", "desktop.ini", "__macosx"})  # what Windows and macOS leave behind
@@ -25,12 +26,14 @@ class Tree:
         kind: "folder", "archive" or "file".
         files: name relative to the root, with forward slashes, -> content; sorted by name.
         folders: names of all folders, empty ones included, without the root itself.
+        hidden: names of the outermost folders that are left out for a dot at their beginning, and hold pictures.
     """
 
     root: Path
     kind: str
     files: dict[str, Blob]
     folders: frozenset[str]
+    hidden: tuple[str, ...] = ()
 
     def where(self, name: str) -> str:
         """A file of the tree as the user would name it."""
@@ -85,19 +88,41 @@ def open_tree(source: Path, scratch: Path) -> Tree:
     if source.is_dir():
         files, folders = walk(source)
         blobs = {name: Blob(path) for name, path in files.items()}
-        return _visible(source, "folder", blobs, folders)
+        return replace(_visible(source, "folder", blobs, folders), hidden=_hidden_folders(source, folders))
     if not source.is_file():
         raise DataError(f"{source}: neither a file nor a folder; give an archive or a folder")
     if not is_archive(source):
         return Tree(source, "file", {source.name: Blob(str(source))}, frozenset())
     with Spool(scratch / "spool") as spool:
         files, folders = unpack(source, spool)
-    return _visible(source, "archive", files, folders)
+    hidden = {folder for name in files if is_picture(name) and (folder := _hidden_part(name))}
+    return replace(_visible(source, "archive", files, folders), hidden=tuple(sorted(hidden)))
 
 
 def is_hidden(name: str) -> bool:
     """Whether a file is not meant for people: .DS_Store, ._x, Thumbs.db, and all in such folders."""
     return any(part.startswith(".") or part.lower() in IGNORED for part in name.split("/"))
+
+
+def _hidden_part(name: str) -> str:
+    """The outermost folder above the file `name` that a dot hides; "" if none does, or if more hides the file."""
+    parts = name.split("/")
+    dots = [place for place, part in enumerate(parts[:-1]) if part.startswith(".")]
+    rest = [part for place, part in enumerate(parts) if place not in dots]
+    return "" if not dots or is_hidden("/".join(rest)) else "/".join(parts[: dots[0] + 1])
+
+
+def _hidden_folders(root: Path, folders: set[str]) -> tuple[str, ...]:
+    """The folders directly in the root or in `folders` that a dot hides, and that hold pictures."""
+    found = []
+    for parent in sorted({"", *folders}):
+        for entry in os.scandir(root / parent):
+            if entry.name.startswith(".") and entry.is_dir():
+                name = f"{parent}/{entry.name}" if parent else entry.name
+                inside = (f"{name}/{file}" for _, _, files in os.walk(entry.path) for file in files)
+                if any(is_picture(each) and _hidden_part(each) for each in inside):
+                    found.append(name)
+    return tuple(found)
 
 
 def walk(root: Path) -> tuple[dict[str, str], set[str]]:

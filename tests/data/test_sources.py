@@ -296,3 +296,23 @@ def test_order_in_an_archive_does_not_matter(tmp_path, converted):
             archive.add(file, str(Path("pets") / file.relative_to(tmp_path / "pets")))
     _, images, labels = converted(tmp_path / "back.tar")
     assert_same(images["train"], labels["train"], *content["train"])
+
+
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_a_hidden_folder_of_pictures_is_left_out_and_said(tmp_path, form):
+    root = tmp_path / "pets"
+    class_folders(root)
+    for name in (".dots.", "eel/.old/more"):
+        (root / "train" / name).mkdir(parents=True)
+        (root / "train" / name / "1.png").write_bytes(png(pixels(1, 0, 8, 8)[0]))
+    for name in (".git/note.txt", "train/cat/.cache/._1.png", "__MACOSX/.x/1.png"):  # of which nothing need be said
+        (root / name).parent.mkdir(parents=True)
+        (root / name).write_bytes(b"junk")
+    said: list[str] = []
+    source = root if form == "folder" else tar(tmp_path / "pets.tar", root, mode="w")
+    assert convert(source, tmp_path / "out", log=said.append).classes == CLASSES
+    prefix = "" if form == "folder" else "pets/"
+    assert [line for line in said if "hidden" in line] == [
+        f"{source}: leaving out {prefix}train/.dots., {prefix}train/eel/.old, hidden by the dot, though pictures lie "
+        "there; rename what is a class"
+    ]
