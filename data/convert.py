@@ -76,6 +76,7 @@ def convert(
         verify: compare official CIFAR files with their published checksums.
         image_format: "raw" (exact), or "jpg" (JPEG of quality 95: smaller, not exact).
         test_fraction: share of every class to test on where the source has no test set; default 0.1, for digits 0.2.
+            A source that has one is refused with it.
         validation: share of every class of the training set that becomes the test set in place of the source's own.
         subset: an int, how many training images to take, or a float, which share of them; the same share of every
             class, chosen after `classes` and `validation`. The test set stays whole.
@@ -112,11 +113,16 @@ def convert(
                 seed=seed,
                 log=log,
             )
+            if test_fraction is not None and opened.own_test:
+                raise DataError(
+                    f"{source}: has a test set, so no share of the training images is set aside for testing; "
+                    "leave out --test-fraction, or give --validation in its place"
+                )
             opened = in_order(opened, class_order, log)
             if classes is not None:
                 opened = with_classes(opened, classes)
             if validation is not None:
-                opened = with_validation(opened, validation, seed)
+                opened = with_validation(opened, validation, seed, log)
             if subset is not None:
                 opened = with_subset(opened, subset, seed, log)
             _check(opened, source)

@@ -52,7 +52,9 @@ def open_arrays(
     if test_split is None:
         keys = [f"image {index}" for index in range(len(splits[0]))]
         splits = set_aside(splits[0], keys, test_fraction, seed, str(tree.root), log)
-    return Source(name, f"NumPy arrays, {tree.kind}", classes, *splits, tree.checksum(used))
+    return Source(
+        name, f"NumPy arrays, {tree.kind}", classes, *splits, tree.checksum(used), own_test=test_split is not None
+    )
 
 
 def _pairs(tree: Tree, names: list[str], log: Callable[[str], None]) -> dict[str, tuple[str, str]]:

@@ -26,6 +26,7 @@ class Source:
             reads them anyway, from `paths`.
         paths: relative path of every picture, train then test, when `checksum` is None.
         one_size: whether images that differ in size are refused where no size is asked for.
+        own_test: whether the source has a test set of its own, and no share of the training set stands for it.
         sorted_names: whether the classes are in the order of their names as strings, for want of one in the source.
 
     Raises:
@@ -40,6 +41,7 @@ class Source:
     checksum: str | None
     paths: tuple[str, ...] = ()
     one_size: bool = False
+    own_test: bool = True
     sorted_names: bool = False
 
     def __post_init__(self) -> None:
@@ -51,12 +53,16 @@ def keys_of_train(source: Source) -> list[str]:
     return list(source.paths[: len(source.train)]) or [str(i) for i in range(len(source.train))]
 
 
-def with_validation(source: Source, fraction: float, seed: int) -> Source:
-    """The same source with a share of every training class in place of its test set.
+def with_validation(source: Source, fraction: float, seed: int, log: Callable[[str], None]) -> Source:
+    """The same source with a share of every training class in place of its test set, which is said.
 
     Recipes are chosen on that share, so that the test set stays unseen until the choice is made.
     """
     train, test = _divided(source.train, keys_of_train(source), fraction, seed, source.name)
+    log(
+        f"{source.name}: testing on {len(test)} of {len(source.train)} training images, {fraction:g} of every class "
+        f"(seed {seed}); the {len(source.test)} images of the test set are not used"
+    )
     paths = tuple(source.paths[i] for i in (*train.places, *test.places)) if source.paths else ()
     return replace(source, name=f"{source.name}-validation", train=train, test=test, paths=paths)
 

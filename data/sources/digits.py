@@ -37,5 +37,6 @@ def open_digits(*, test_fraction: float, seed: int) -> Source:
         classes=tuple(str(digit) for digit in range(10)),
         train=ArraySplit(images[~chosen], labels[~chosen], "digits train"),
         test=ArraySplit(images[chosen], labels[chosen], "digits test"),
+        own_test=False,
         checksum=hashlib.sha256(grey.tobytes() + labels.astype("<i8").tobytes()).hexdigest(),
     )

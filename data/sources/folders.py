@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -120,7 +121,8 @@ def _split(
     if (pair := indistinct(names)) is not None:
         log(f"{tree.root}: {pair[0]} and {pair[1]} are mixed; to keep them apart, move them into train/ and test/")
     train, test = set_aside(_encoded(tree, names, labels), names, test_fraction, seed, str(tree.root), log)
-    return _source(tree, name, classes, train, test, [names[i] for i in (*train.places, *test.places)])
+    paths = [names[i] for i in (*train.places, *test.places)]
+    return replace(_source(tree, name, classes, train, test, paths), own_test=False)
 
 
 def _encoded(tree: Tree, names: list[str], labels: np.ndarray) -> EncodedSplit:

@@ -85,7 +85,9 @@ def open_parquet(
         raise DataError(f"{tree.root}: the Parquet files name different classes; give files of one data set")
     classes = named_or_numbered(titles[0], chosen, str(tree.root), log)
     train, test = chosen if test_split else set_aside(chosen[0], keys[TRAIN], test_fraction, seed, str(tree.root), log)
-    return Source(name, f"Parquet, {tree.kind}", classes, train, test, tree.checksum(used))
+    return Source(
+        name, f"Parquet, {tree.kind}", classes, train, test, tree.checksum(used), own_test=test_split is not None
+    )
 
 
 def _by_split(tree: Tree, names: list[str]) -> dict[str, list[str]]:

@@ -132,7 +132,15 @@ def open_tables(
     if test_split is None:
         splits = list(set_aside(splits[0], used[0].files, test_fraction, seed, str(tree.root), log))
     checksum = tree.checksum({each for table in used for each in (table.name, *table.files)})
-    return Source(name, f"pictures and a table, {tree.kind}", classes, *splits, checksum, sorted_names=True)
+    return Source(
+        name,
+        f"pictures and a table, {tree.kind}",
+        classes,
+        *splits,
+        checksum,
+        sorted_names=True,
+        own_test=test_split is not None,
+    )
 
 
 def encoded(tree: Tree, table: Table, classes: tuple[str, ...]) -> EncodedSplit:

@@ -120,7 +120,7 @@ def open_torchvision(
     if len(splits) == 1:
         keys = [f"image {index}" for index in range(len(splits[0]))]
         splits = set_aside(splits[0], keys, test_fraction, seed, where, log)
-    source = Source(said.title, where, classes, *splits, digest.hexdigest(), one_size=True)
+    source = Source(said.title, where, classes, *splits, digest.hexdigest(), one_size=True, own_test=len(sets) > 1)
     return without_empty_classes(source, log)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rsengine.data import convert, load_dataset
+from rsengine.data import DataError, convert, load_dataset
 from rsengine.data.sources.base import split_by_hash
 from rsengine.data.sources.images import decode_rgb, resize_and_crop
 from tests.data.data_builders import (
@@ -316,3 +316,37 @@ def test_a_hidden_folder_of_pictures_is_left_out_and_said(tmp_path, form):
         f"{source}: leaving out {prefix}train/.dots., {prefix}train/eel/.old, hidden by the dot, though pictures lie "
         "there; rename what is a class"
     ]
+
+
+@pytest.mark.parametrize("form", ["class folders", "Parquet", "arrays", "official", "table"])
+def test_a_share_to_test_on_is_refused_where_there_is_a_test_set(tmp_path, form):
+    root = tmp_path / "source"
+    if form == "class folders":
+        class_folders(root)
+    elif form == "official":
+        official_python(root / "cifar-10-batches-py")
+    elif form == "arrays":
+        root.mkdir()
+        for split in ("train", "test"):
+            np.save(root / f"x_{split}.npy", pixels(4, 0))
+            np.save(root / f"y_{split}.npy", np.arange(4) % 2)
+    else:
+        for split in ("train", "test"):
+            if form == "Parquet":
+                parquet(root / f"{split}.parquet", pixels(4, 0), [0, 1, 0, 1])
+            else:
+                (root / split).mkdir(parents=True)
+                for index, image in enumerate(pixels(4, 0)):
+                    (root / split / f"{index}.png").write_bytes(png(image))
+                (root / f"{split}.csv").write_text("file,label\n0,a\n1,b\n2,a\n3,b\n")
+    options = {"verify": False, "log": lambda line: None}
+    with pytest.raises(DataError, match="source: has a test set, .*; leave out --test-fraction, or give --validation"):
+        convert(root, tmp_path / "out", test_fraction=0.2, **options)
+    said: list[str] = []
+    validated = convert(root, tmp_path / "out", validation=0.5, **options | {"log": said.append})
+    count = validated.test_count
+    assert any(
+        f"testing on {count} of {validated.train_count + count} training images" in line
+        and "images of the test set are not used" in line
+        for line in said
+    )
