@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from rsengine.data.beton.reader import MODES
-from rsengine.data.beton.split import Measured, refuse_bad, verify_beton, write_split
+from rsengine.data.beton.split import Measured, count_shared, refuse_bad, verify_beton, write_split
 from rsengine.data.dataset import Dataset, load_dataset
 from rsengine.data.errors import DataError, few
 from rsengine.data.identity import content_identity
@@ -137,6 +137,11 @@ def convert(
                 _check_sizes(found, source)
             for name, split in splits.items():
                 verify_beton(betons[name], split.labels, found[name], image_format)
+            if shared := count_shared(betons["train"], betons["test"], (found["train"], found["test"])):
+                log(
+                    f"{opened.name}: {shared} of {len(opened.test)} test images {'has' if shared == 1 else 'have'} the "
+                    "same pixels as a training image, so that the test accuracy may be too high"
+                )
             shutil.rmtree(scratch)
             options = {"size": size, "verify": verify, "test_fraction": test_fraction}
             options |= {"validation": validation, "seed": seed}

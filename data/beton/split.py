@@ -10,7 +10,7 @@ import contextlib
 import io
 import warnings
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -126,6 +126,26 @@ def verify_beton(path: Path, labels: np.ndarray, measured: Measured, image_forma
     for index, checksum in enumerate(measured.checksums):
         if zlib.crc32(beton.stored(index)) != checksum:
             raise DataError(f"{path.name}: image {index} read back differs from what was written; {again}")
+
+
+def count_shared(train: Path, test: Path, measured: tuple[Measured, Measured]) -> int:
+    """How many images of the second .beton file are in the first too, byte for byte as stored.
+
+    Args:
+        train, test: the files.
+        measured: what was found when they were written, whose checksums tell which images to compare.
+    """
+    readers, places = (BetonReader(train), BetonReader(test)), defaultdict(list)
+    for index, key in enumerate(_keys(measured[0])):
+        places[key].append(index)
+    return sum(
+        any(np.array_equal(readers[0].stored(other), readers[1].stored(index)) for other in places.get(key, ()))
+        for index, key in enumerate(_keys(measured[1]))
+    )
+
+
+def _keys(measured: Measured) -> Iterator[tuple[int, int, int]]:
+    return zip(measured.checksums, measured.heights, measured.widths, strict=True)
 
 
 def _parts(split: Split, mode: int, workers: int) -> Iterator[tuple[list[bytes | np.ndarray], Measured]]:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from rsengine.data import DataError, convert, load_dataset
+from rsengine.data.beton.split import Measured, count_shared
 from rsengine.data.sources.base import split_by_hash
 from rsengine.data.sources.images import decode_rgb, resize_and_crop
 from tests.data.data_builders import (
@@ -350,3 +351,33 @@ def test_a_share_to_test_on_is_refused_where_there_is_a_test_set(tmp_path, form)
         and "images of the test set are not used" in line
         for line in said
     )
+
+
+@pytest.mark.parametrize("image_format", ["raw", "jpg"])
+@pytest.mark.parametrize("copies", [0, 1, 3])
+def test_test_images_that_are_training_images_too_are_counted(tmp_path, copies, image_format):
+    """Whatever their files are called and coded as, and whatever their class."""
+    root = tmp_path / "pets"
+    content = class_folders(root)
+    for index in range(copies):
+        Image.fromarray(content["train"][0][index]).save(root / "test" / CLASSES[index] / "copy.bmp")
+    said: list[str] = []
+    convert(root, tmp_path / "out", image_format=image_format, log=said.append)
+    lines = [line for line in said if "same pixels" in line]
+    words = "1 of 10 test images has" if copies == 1 else "3 of 12 test images have"
+    assert lines == (
+        [f"pets: {words} the same pixels as a training image, so that the test accuracy may be too high"]
+        if copies
+        else []
+    )
+
+
+def test_checksums_alone_make_no_image_the_same(tmp_path):
+    class_folders(tmp_path / "pets")
+    dataset = convert(tmp_path / "pets", tmp_path / "out", log=lambda line: None)
+    found = tuple(
+        Measured(heights=[8] * count, widths=[8] * count, checksums=[7] * count)
+        for count in (dataset.train_count, dataset.test_count)
+    )
+    assert count_shared(dataset.train_beton, dataset.test_beton, found) == 0
+    assert count_shared(dataset.train_beton, dataset.train_beton, (found[0], found[0])) == dataset.train_count
