@@ -319,8 +319,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _amount(text: str) -> float:
-    """A whole number of images, or a share."""
-    return int(text) if text.isdecimal() else float(text)
+    """A whole number of images, in whatever form (5000, 5e3), or a share. What 1.0 is cannot be told, and 1 is one."""
+    if text.isdecimal():
+        return int(text)
+    value = float(text)
+    return int(value) if value.is_integer() and value > 1 else value
 
 
 def _names(text: str) -> list[str]:

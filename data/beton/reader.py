@@ -103,9 +103,10 @@ class BetonReader:
         expected = header.table + count * ALLOCATION.itemsize
         begin = METADATA + count * SAMPLE.itemsize
         if header.table < begin or header.size != expected:
+            wrong = "too long" if begin <= header.table and header.size > expected else "incomplete"
             raise DataError(
                 f"{path}: {header.size} bytes where {count} samples and their table need {expected}: "
-                f"the file is incomplete; {AGAIN}"
+                f"the file is {wrong}; {AGAIN}"
             )
         if not count:
             raise DataError(f"{path}: no samples in it; {AGAIN}")

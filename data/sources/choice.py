@@ -60,7 +60,10 @@ def with_classes(source: Source, names: Sequence[str]) -> Source:
     if unknown := [name for name in names if name not in source.classes]:
         lower = {name.lower(): name for name in reversed(source.classes)}
         near = difflib.get_close_matches(unknown[0].lower(), lower, 1)
+        whole = next((name for name in source.classes if "," in name and unknown[0] in _pieces(name)), None)
         hint = f"did you mean {lower[near[0]]}?" if near else f"the classes are {few(source.classes)}"
+        if whole is not None:
+            hint = f"a name with a comma stands in quotation marks, as in --classes '\"{whole}\",…'"
         raise DataError(f"{source.name}: has no class {few(unknown)}; {hint}")
     if len(set(names)) != len(names):
         raise DataError(f"{source.name}: a class is named twice among {few(names)}; name it once")
@@ -68,6 +71,11 @@ def with_classes(source: Source, names: Sequence[str]) -> Source:
         raise DataError(f"{source.name}: at least two classes are needed, got {len(names)}; name more with --classes")
     kept = tuple(name for name in source.classes if name in names)
     return replace(_with(source, kept), name=f"{source.name}-{len(kept)}-classes")
+
+
+def _pieces(name: str) -> list[str]:
+    """The parts of a class name between its commas, for which it is taken without quotation marks."""
+    return [piece.strip() for piece in name.split(",")]
 
 
 def without_empty_classes(source: Source, log: Callable[[str], None]) -> Source:

@@ -34,6 +34,11 @@ def whole_numbers(labels: np.ndarray, where: str) -> np.ndarray:
         )
     if labels.ndim != 1:
         raise DataError(f"{where}: labels of shape {labels.shape}, not (N,) or (N, 1); save one number for each image")
+    if labels.dtype.kind in "US":
+        raise DataError(
+            f"{where}: labels of type {labels.dtype}, not whole numbers; number the names of all splits alike, as "
+            "np.unique(labels, return_inverse=True) does, and save the second array of the two"
+        )
     if labels.dtype.kind not in "iu":
         raise DataError(f"{where}: labels of type {labels.dtype}, not whole numbers; save labels.astype('int64')")
     if labels.dtype.kind == "u" and len(labels) and labels.max() > np.iinfo(np.int64).max:
@@ -49,11 +54,11 @@ def named_or_numbered(
     Raises:
         DataError: a label out of range.
     """
+    numbered = classes is None
     if classes is None:
         # Every class needs an image, so that a label beyond their number is none.
         count = min(int(max(part.labels.max(initial=-1) for part in splits)) + 1, sum(map(len, splits)))
         classes = tuple(str(label) for label in range(count))
-        log(f"{where}: the classes have no names; they are numbered 0 … {count - 1}")
     for part in splits:
         wrong = np.flatnonzero((part.labels < 0) | (part.labels >= len(classes)))
         if len(wrong):
@@ -61,6 +66,8 @@ def named_or_numbered(
                 f"{part.name(wrong[0])}: label {part.labels[wrong[0]]} out of range 0 … {len(classes) - 1}; "
                 "number the classes from 0, remove the unlabelled images or give another file"
             )
+    if numbered:
+        log(f"{where}: the classes have no names; they are numbered 0 … {len(classes) - 1}")
     return classes
 
 

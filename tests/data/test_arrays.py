@@ -118,7 +118,14 @@ BAD = {
     "too few labels": (whole(labels=LABELS[:5]), ["6 images, but 5 labels"]),
     "float labels": (whole(labels=np.array(LABELS, float)), ["float64, not whole numbers", "astype('int64')"]),
     "NaN": (whole(labels=np.array([np.nan] * 6)), ["not whole numbers"]),
-    "text labels": (whole(labels=np.array(list("abcabc"))), ["not whole numbers"]),
+    "text labels": (
+        whole(labels=np.array(list("abcabc"))),
+        ["<U1, not whole", "np.unique(labels, return_inverse=True)"],
+    ),
+    "bytes labels": (
+        whole(labels=np.array(list("abcabc"), "S")),
+        ["not whole", "np.unique(labels, return_inverse=True)"],
+    ),
     "one-hot": (whole(labels=np.eye(3, dtype=int)[LABELS]), ["3 columns", "argmax"]),
     "single label": (whole(labels=np.array(1)), ["labels of shape ()"]),
     "negative": (whole(labels=[0, 1, 2, 0, 1, -1]), ["image 5", "label -1 out of range"]),
@@ -202,3 +209,12 @@ def test_one_array_alone_and_a_truncated_file(tmp_path):
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:-100])
     with pytest.raises(DataError, match="cut.npz: truncated or damaged archive"):
         opened(tmp_path / "cut.npz", tmp_path)
+
+
+@pytest.mark.parametrize("labels", [[-1, 0, 1, 2, 0, 1], [0, 1000, 2000, 0, 1000, 2000]])
+def test_of_labels_out_of_range_nothing_is_said_before(tmp_path, labels):
+    np.savez(tmp_path / "a.npz", **whole(labels=labels))
+    said: list[str] = []
+    with pytest.raises(DataError, match="out of range"):
+        opened(tmp_path / "a.npz", tmp_path, said)
+    assert said == []
