@@ -8,15 +8,17 @@ to escape to; it is refused all the same, as are links and devices, because such
 from __future__ import annotations
 
 import bz2
+import contextlib
 import errno
 import gzip
 import hashlib
+import io
 import lzma
 import re
 import stat
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -110,13 +112,47 @@ def unpack(path: Path, spool: Spool) -> tuple[dict[str, Blob], set[str]]:
         DataError: damaged or truncated archive; a member that is a link, a device or encrypted, or whose name leaves
             the folder; an archive that unpacks to an absurd size.
     """
-    limit = max(LARGEST_SMALL, LARGEST_RATIO * path.stat().st_size)
+    limit = _limit(path.stat().st_size)
     with path.open("rb") as file:
         start = file.read(6)
-    try:
+    with _damage_named(path):
         if start.startswith(b"PK"):
-            return _unpack_zip(path, spool, limit)
+            return _unpack_zip(path, path, spool, limit)
         return _unpack_tar(path, spool, limit, start)
+
+
+def unpack_inside(zips: Mapping[str, Blob], spool: Spool) -> dict[str, dict[str, Blob]]:
+    """Append the files of zips which lie in an archive or a folder themselves, such as .npz files, to `spool`.
+
+    Args:
+        zips: where they come from, for messages -> content.
+
+    Returns:
+        for each of them, name -> Blob of its files.
+
+    Raises:
+        DataError: as :func:`unpack` does; the limit is that of all together.
+    """
+    unpacked: dict[str, dict[str, Blob]] = {}
+    contents = {where: blob.read() for where, blob in zips.items()}
+    limit = _limit(sum(map(len, contents.values())))
+    for where, content in contents.items():
+        with _damage_named(where):
+            unpacked[where] = _unpack_zip(where, io.BytesIO(content), spool, limit)[0]
+        limit -= sum(blob.size for blob in unpacked[where].values())
+    return unpacked
+
+
+def _limit(size: int) -> int:
+    """How many bytes an archive of so many may unpack to."""
+    return max(LARGEST_SMALL, LARGEST_RATIO * size)
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path | str) -> Iterator[None]:
+    """Make a DataError of whatever a damaged archive makes the modules raise."""
+    try:
+        yield
     except DataError:
         raise
     except MemoryError as error:
@@ -129,7 +165,7 @@ def unpack(path: Path, spool: Spool) -> tuple[dict[str, Blob], set[str]]:
         raise _damaged(path, error) from error
 
 
-def _damaged(path: Path, error: BaseException) -> DataError:
+def _damaged(path: Path | str, error: BaseException) -> DataError:
     reason = str(error)[:200] or type(error).__name__
     return DataError(f"{path}: truncated or damaged archive ({reason}); download or copy it again")
 
@@ -182,10 +218,10 @@ def _unpack_tar(path: Path, spool: Spool, limit: int, start: bytes) -> tuple[dic
     return files, folders
 
 
-def _unpack_zip(path: Path, spool: Spool, limit: int) -> tuple[dict[str, Blob], set[str]]:
+def _unpack_zip(path: Path | str, file: Path | IO[bytes], spool: Spool, limit: int) -> tuple[dict[str, Blob], set[str]]:
     files: dict[str, Blob] = {}
     folders: set[str] = set()
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if sum(member.file_size for member in members) > limit:
             raise _too_large(path, limit)
@@ -210,7 +246,7 @@ def _unpack_zip(path: Path, spool: Spool, limit: int) -> tuple[dict[str, Blob], 
     return files, folders
 
 
-def _append(path: Path, spool: Spool, content: IO[bytes], name: str, size: int, limit: int) -> Blob:
+def _append(path: Path | str, spool: Spool, content: IO[bytes], name: str, size: int, limit: int) -> Blob:
     if size > limit:  # before memory is asked for it
         raise _too_large(path, limit)
     if size < 0:
@@ -221,14 +257,14 @@ def _append(path: Path, spool: Spool, content: IO[bytes], name: str, size: int, 
     return spool.append(data)
 
 
-def _too_large(path: Path, limit: int) -> DataError:
+def _too_large(path: Path | str, limit: int) -> DataError:
     return DataError(
         f"{path}: unpacks to more than {limit >> 20} MiB, which no data set of this size does; "
         "if it is genuine, unpack it yourself and give the folder"
     )
 
 
-def _safe_name(path: Path, name: str) -> str:
+def _safe_name(path: Path | str, name: str) -> str:
     parts = name.split("/")
     if len(name) > LONGEST_NAME:
         raise DataError(f"{path}: member {name[:80]!r}… has a name of {len(name):,} characters; do not trust this file")

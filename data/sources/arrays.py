@@ -1,7 +1,8 @@
-"""NumPy arrays of pictures and labels: .npz files, and .npy files in a folder or an archive.
+"""NumPy arrays of pictures and labels: .npz files, and .npy and .npz files in a folder or an archive.
 
-An .npz file is a zip of .npy files, so both are read alike, and without pickles. The names are those of MedMNIST
-(`train_images`, `val_labels`), of Keras (`x_train`, `y_test`), or others that hold such words.
+An .npz file is a zip of .npy files, so both are read alike, and without pickles: as a folder of this name would be. The
+names are those of MedMNIST (`train_images`, `val_labels`), of Keras (`x_train`, `y_test`), or others that hold such
+words.
 """
 
 from __future__ import annotations
@@ -9,33 +10,42 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Sequence
-from pathlib import PurePosixPath
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from rsengine.data.errors import DataError, few
+from rsengine.data.sources.archives import Spool, unpack_inside
 from rsengine.data.sources.base import Source, set_aside
 from rsengine.data.sources.images import LARGEST_SIDE, ArraySplit, Split, is_picture
 from rsengine.data.sources.labels import named_or_numbered, whole_numbers
 from rsengine.data.sources.splits import TRAIN, placed, testing
 from rsengine.data.sources.tree import Tree
 
-SUFFIX = ".npy"
+SUFFIX, ZIPPED = ".npy", ".npz"
 IMAGES = frozenset({"images", "image", "imgs", "img", "x", "data", "pixels"})
 LABELS = frozenset({"labels", "label", "y", "targets", "target"})
 CHANNELS = (1, 3)
 
 
 def find_arrays(tree: Tree) -> list[str]:
-    """Names of the arrays in a tree that holds no pictures beside them."""
-    names = [name for name in tree.files if name.lower().endswith(SUFFIX)]
+    """Names of the files of arrays in a tree that holds no pictures beside them."""
+    names = [name for name in tree.files if name.lower().endswith((SUFFIX, ZIPPED))]
     return [] if any(is_picture(name) for name in tree.files) else names
 
 
 def open_arrays(
-    tree: Tree, names: list[str], *, name: str, test_fraction: float, seed: int, log: Callable[[str], None]
+    tree: Tree,
+    names: list[str],
+    scratch: Path,
+    *,
+    name: str,
+    test_fraction: float,
+    seed: int,
+    log: Callable[[str], None],
 ) -> Source:
-    """Read arrays of pictures and labels into memory.
+    """Read arrays of pictures and labels into memory; what is in .npz files is unpacked into one file in `scratch`.
 
     Images are (N, H, W), (N, H, W, C) or (N, C, H, W) uint8 with one channel or three; labels (N,) or (N, 1) of any
     integer type.
@@ -43,7 +53,10 @@ def open_arrays(
     Raises:
         DataError: damaged files, pickles, images without labels, another shape or type, labels out of range.
     """
-    pairs = _pairs(tree, names, log)
+    given, origins = tree, {each: each for each in names}
+    if zips := [each for each in names if each.lower().endswith(ZIPPED)]:
+        tree, origins = _unpacked(tree, names, zips, scratch)
+    pairs = _pairs(tree, list(origins), log)
     test_split = testing(pairs, str(tree.root), log)
     chosen = [pairs[split] for split in (TRAIN, test_split) if split is not None]
     used = [each for pair in chosen for each in pair]
@@ -53,8 +66,27 @@ def open_arrays(
         keys = [f"image {index}" for index in range(len(splits[0]))]
         splits = set_aside(splits[0], keys, test_fraction, seed, str(tree.root), log)
     return Source(
-        name, f"NumPy arrays, {tree.kind}", classes, *splits, tree.checksum(used), own_test=test_split is not None
+        name,
+        f"NumPy arrays, {tree.kind}",
+        classes,
+        *splits,
+        given.checksum({origins[each] for each in used}),
+        own_test=test_split is not None,
     )
+
+
+def _unpacked(tree: Tree, names: list[str], zips: list[str], scratch: Path) -> tuple[Tree, dict[str, str]]:
+    """The tree with the arrays of .npz files, as if in folders; and the name of each array -> that of its file."""
+    origins = {each: each for each in names if each not in zips}
+    files = {each: tree.files[each] for each in origins}
+    with Spool(scratch / "spool-arrays") as spool:
+        unpacked = unpack_inside({tree.where(each): tree.files[each] for each in zips}, spool)
+    for each in zips:
+        for inside, blob in unpacked[tree.where(each)].items():
+            if inside.lower().endswith(SUFFIX):
+                array = f"{each[: -len(ZIPPED)]}/{inside}"
+                files[array], origins[array] = blob, each
+    return replace(tree, files=files), origins
 
 
 def _pairs(tree: Tree, names: list[str], log: Callable[[str], None]) -> dict[str, tuple[str, str]]:

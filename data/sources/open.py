@@ -103,7 +103,7 @@ def open_source(
         return open_tables(tree, tables, **options)
     _refuse_column(label_column, path)
     if arrays := find_arrays(tree):
-        return open_arrays(tree, arrays, **options)
+        return open_arrays(tree, arrays, scratch, **options)
     if (place := find_tiny_imagenet(tree)) is not None:
         return open_tiny_imagenet(tree, place, name=options["name"], log=log)
     if tree.kind != "file" and (folder := find_class_folders(tree)) is not None:

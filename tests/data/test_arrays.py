@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import zipfile
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 
 from rsengine.data import DataError
 from rsengine.data.convert import main
-from tests.data.data_builders import pixels, tar
+from rsengine.data.sources import archives
+from rsengine.data.sources.tree import digest_of_list
+from tests.data.data_builders import pixels, tar, zipped
 from tests.data.source_builders import assert_split, grey, npz, opened
 
 TRAIN, TEST = pixels(6, 1, 28, 28), pixels(3, 2, 28, 28)
@@ -218,3 +221,46 @@ def test_of_labels_out_of_range_nothing_is_said_before(tmp_path, labels):
     with pytest.raises(DataError, match="out of range"):
         opened(tmp_path / "a.npz", tmp_path, said)
     assert said == []
+
+
+@pytest.mark.parametrize("form", ["folder", "zip", "tar.gz"])
+@pytest.mark.parametrize("files", ["one", "one a split", "one beside arrays"])
+def test_npz_files_in_a_folder_or_an_archive(tmp_path, form, files):
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    if files == "one":
+        np.savez(folder / "a.npz", **whole())
+    elif files == "one a split":
+        np.savez(folder / "train.npz", images=TRAIN, labels=LABELS)
+        np.savez_compressed(folder / "test.npz", x=TEST, y=TEST_LABELS)
+    else:
+        np.savez(folder / "train.npz", images=TRAIN, labels=LABELS)
+        np.save(folder / "test_images.npy", TEST)
+        np.save(folder / "test_labels.npy", TEST_LABELS)
+    source = {
+        "folder": lambda: folder,
+        "zip": lambda: zipped(tmp_path / "mnist.zip", folder),
+        "tar.gz": lambda: tar(tmp_path / "mnist.tar.gz", folder),
+    }[form]()
+    found = opened(source, tmp_path)
+    assert_split(found.train, TRAIN, LABELS)
+    assert_split(found.test, TEST, TEST_LABELS)
+    if form == "folder":
+        digests = [(path.name, hashlib.sha256(path.read_bytes()).digest()) for path in folder.iterdir()]
+        assert found.checksum == digest_of_list(digests)
+
+
+def test_damaged_npz_files_in_an_archive(tmp_path, monkeypatch):
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    for name in ("train", "test"):
+        np.savez_compressed(folder / f"{name}.npz", images=np.zeros((100, 32, 32), np.uint8), labels=np.arange(100) % 2)
+    whole_file = (folder / "test.npz").read_bytes()
+    monkeypatch.setattr(archives, "LARGEST_SMALL", 150_000)  # enough for one of the two
+    monkeypatch.setattr(archives, "LARGEST_RATIO", 1)
+    with pytest.raises(DataError, match="test.npz: unpacks to more than|train.npz: unpacks to more than"):
+        opened(zipped(tmp_path / "mnist.zip", folder), tmp_path)
+    for content in (whole_file[:-50], b"no zip", b""):
+        (folder / "test.npz").write_bytes(content)
+        with pytest.raises(DataError, match="mnist.zip: mnist/test.npz: truncated or damaged archive"):
+            opened(zipped(tmp_path / "mnist.zip", folder), tmp_path)
