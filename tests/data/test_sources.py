@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -381,3 +383,31 @@ def test_checksums_alone_make_no_image_the_same(tmp_path):
     )
     assert count_shared(dataset.train_beton, dataset.test_beton, found) == 0
     assert count_shared(dataset.train_beton, dataset.train_beton, (found[0], found[0])) == dataset.train_count
+
+
+@pytest.mark.parametrize("form", ["class folders", "Parquet"])
+def test_the_checksum_of_a_folder_is_what_the_documented_command_prints(tmp_path, form):
+    root = tmp_path / "a folder"
+    if form == "Parquet":
+        parquet(root / "data" / "train.parquet", pixels(4, 0), [0, 1, 0, 1])
+        parquet(root / "data" / "test.parquet", pixels(4, 1), [0, 1, 0, 1])
+    else:
+        class_folders(root)
+        (root / "train" / "cat" / "Zoë 1.png").write_bytes(png(pixels(1, 0, 8, 8)[0]))
+        (root / "train" / "cat" / ".DS_Store").write_bytes(b"junk")
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    command = next(line for line in text.splitlines() if line.startswith("find "))
+    printed = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert convert(root, tmp_path / "out", log=lambda line: None).checksum == printed.split()[0]
+
+
+def test_transparent_and_deep_pictures_become_what_the_documentation_says(tmp_path):
+    clear = np.zeros((1, 2, 4), np.uint8)
+    clear[0, 1] = 10, 20, 30, 255
+    buffer = io.BytesIO()
+    Image.fromarray(clear).save(buffer, "PNG")
+    assert decode_rgb(buffer.getvalue(), "a").tolist() == [[[255, 255, 255], [10, 20, 30]]]
+    deep = np.array([[0, 255, 256, 513, 65535]], np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(deep).save(buffer, "PNG")
+    assert decode_rgb(buffer.getvalue(), "a")[0, :, 0].tolist() == [0, 0, 0, 1, 255]
