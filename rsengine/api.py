@@ -228,7 +228,12 @@ class Predictions:
         return [self.classes[i] for i in self.probabilities.argmax(axis=1)]
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
-        """For each image its ``k`` likeliest classes with their probabilities, the likeliest first."""
+        """For each image its ``k`` likeliest classes with their probabilities, the likeliest first.
+
+        Raises ValueError for ``k`` below 1.
+        """
+        if k < 1:
+            raise ValueError(f"k: expected at least 1; got {k}")
         order = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :k]
         return [
             [(self.classes[i], float(row[i])) for i in best]
@@ -344,6 +349,8 @@ def _images(given: Any, name: str) -> Iterable[tuple[str, np.ndarray]]:
         pixels = _channels_last(given, name)
         yield from ((f"{name}[{i}]", image) for i, image in enumerate(pixels)) if pixels.ndim == 4 else [(name, pixels)]
     elif hasattr(given, "getexif"):  # Pillow's; through the decoder of files, which knows modes and rotations
+        if given.mode in ("I", "F"):
+            raise InputError(f"{name}: pixels of type {given.mode} have no agreed range; give an 8-bit RGB image")
         encoded = io.BytesIO()
         mode = given if given.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else given.convert("RGB")
         mode.save(encoded, format="PNG", exif=given.getexif())

@@ -105,7 +105,7 @@ def test_every_kind_of_image_gives_the_same_answer(model, toy_dataset, tmp_path)
     assert best == [(model.classes[i], expected[1, i]) for i in order]
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "F"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"])
 def test_pillow_images_of_any_mode_and_size_are_read_as_files_are(model, tmp_path, mode):
     noise = np.random.default_rng(1).integers(0, 256, (40, 56, 4), dtype=np.uint8)
     if mode == "I;16":
@@ -116,6 +116,12 @@ def test_pillow_images_of_any_mode_and_size_are_read_as_files_are(model, tmp_pat
     (picture.convert("RGB") if mode in ("F", "YCbCr", "CMYK") else picture).save(file)
     expected = predict(model.weights, read_image(file, (32, 32))[None]).numpy()
     assert np.array_equal(model.predict(picture).probabilities, expected)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pillow_images_without_a_range_are_refused_as_files_are(model, mode):
+    with pytest.raises(UserError, match=f"images: pixels of type {mode} have no agreed range"):
+        model.predict(Image.new(mode, (32, 32), 3))
 
 
 def test_a_rotation_in_exif_is_applied_to_pillow_images_too(model, tmp_path):

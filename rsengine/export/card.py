@@ -35,10 +35,11 @@ _IMAGES = {
     True: "images = np.asarray(picture)[None]  # (N, {height}, {width}, 3) uint8; normalisation is inside",
     False: """images = ((np.asarray(picture) / 255 - {mean}) / {std}).transpose(2, 0, 1)[None].astype("float32")""",
 }
-_PICTURE = 'picture = Image.open("picture.png").convert("RGB").resize(({width}, {height}))'
+_PICTURE = """picture = Image.open("picture.png").convert("RGB")
+picture = ImageOps.fit(picture, ({width}, {height}), Image.Resampling.BICUBIC)  # scaled, then cropped at the centre"""
 _ONNX = """import json
 import numpy as np, onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession("{file}")
 {picture}
@@ -48,7 +49,7 @@ classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
 print(classes[logits[0].argmax()])"""
 _TORCH = """import json
 import numpy as np, torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 extra = {{"rsengine.json": ""}}
 model = torch.export.load("{file}", extra_files=extra).module()
@@ -59,7 +60,7 @@ classes = json.loads(json.loads(extra["rsengine.json"])["classes"])
 print(classes[int(logits[0].argmax())])"""
 _COMPILED = """import json
 import numpy as np, torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 model = torch._inductor.aoti_load_package("{file}")  # machine code: load it only from people you trust
 {picture}

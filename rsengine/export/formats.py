@@ -66,6 +66,10 @@ def export(
     folder = path.parent if alone else path
     if folder.exists() and not folder.is_dir():
         raise SettingsError(f"--out {folder}: is no folder; name one")
+    if path.suffix in (".onnx", ".pt2", ".safetensors") and not alone and not path.is_dir():
+        raise SettingsError(f"--out {path}: not the suffix of a file of --to {format}; name such a file, or a folder")
+    if format == "timm":
+        timm_folder.timm_arguments(weights.model)  # refused before anything is made
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if format == "timm":

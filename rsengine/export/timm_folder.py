@@ -55,7 +55,11 @@ def timm_arguments(model: ResNetRS) -> dict[str, Any]:
     """
     blocks = tuple(len(stage) for stage in model.stages)
     strides = model.stem.conv1.stride[0], model.stem.pool_conv.stride[0]
-    _refuse(strides != (2, 2), f"its stem strides by {strides[0]} and {strides[1]}, timm's by 2 and 2")
+    _refuse(
+        strides != (2, 2),
+        f"its stem strides by {strides[0]} and {strides[1]}, timm's by 2 and 2 (train it with "
+        "model.stem_stride=2 and model.stem_pool_stride=2 for that)",
+    )
     _refuse(len(blocks) > _STAGES, f"it has {len(blocks)} stages, timm's has {_STAGES}")
     _refuse(sum(blocks) < 2, "it has a single block, timm's has two or more")
     channels = [stage[0].conv1.out_channels for stage in model.stages]

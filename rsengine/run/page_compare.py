@@ -96,7 +96,7 @@ class Group:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % confidence interval of the mean over seeds, by Student's t; None for fewer than two."""
+        """The 95 % confidence interval of the mean over seeds, by Student's t, in [0, 1]; None for fewer than two."""
         from scipy.special import stdtrit
 
         n = len(self.seeds)
@@ -104,7 +104,7 @@ class Group:
             return None
         mean, spread = statistics.fmean(self.seeds), statistics.stdev(self.seeds)
         half = float(stdtrit(n - 1, 0.975)) * spread / math.sqrt(n)
-        return mean - half, mean + half
+        return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def read_run(folder: Path, label: str) -> Run:

@@ -4,12 +4,15 @@ import importlib.util
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rsengine import evaluate, predict
+from rsengine.data.sources.images import resize_and_crop
+from rsengine.errors import SettingsError
 from rsengine.export import FORMATS, export, load_classifier
 from rsengine.export.__main__ import main
 from rsengine.run.log import RunLog
@@ -43,7 +46,9 @@ def test_a_file_may_be_named_and_weights_given(run, tmp_path):
     assert [each.name for each in path.parent.iterdir()] == ["net.pt2"] and load_classifier(path).classes == CLASSES
     (path,) = export(run[1], "safetensors", tmp_path / "net.safetensors")
     assert holds_weights(path, run[1].model, run[1].recipe, Data)
-    assert (tmp_path / "timm.onnx" / "README.md") in export(run[1], "safetensors", tmp_path / "timm.onnx")
+    with pytest.raises(SettingsError, match="not the suffix of a file of --to safetensors; name such a file, or a"):
+        export(run[1], "safetensors", tmp_path / "net.onnx")
+    assert not (tmp_path / "net.onnx").exists()
 
 
 def test_exporting_into_the_run_itself_keeps_its_weights(run):
@@ -78,7 +83,8 @@ def test_the_code_in_the_card_runs(trained, tmp_path, monkeypatch, capsys, optio
         pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
     assert main([str(trained()[0]), "--out", ".", "--to", *options]) == 0
-    Image.new("RGB", (32, 32), (200, 30, 90)).save("picture.png")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 96, 3), np.uint8)
+    Image.fromarray(pixels).save("picture.png")
     (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
     capsys.readouterr()
     exec(code.replace("DIR", str(tmp_path)), names := {})
@@ -86,6 +92,8 @@ def test_the_code_in_the_card_runs(trained, tmp_path, monkeypatch, capsys, optio
     if options[0] == "safetensors":
         assert json.loads(names["about"]["classes"]) == list(CLASSES) and not found
         return
+    if options[0] != "timm":
+        assert np.array_equal(names["picture"], resize_and_crop(pixels, 32))
     assert predict.main([".", "picture.png", "--top", "1"]) == 0
     assert f"picture.png: {found} " in capsys.readouterr().out
 
@@ -94,6 +102,7 @@ REFUSED = {
     "an option of another format": (["--to", "timm", "--uint8"], "--uint8: only for --to onnx and torch"),
     "an opset of no ONNX": (["--to", "torch", "--opset", "18"], "--opset: only for --to onnx"),
     "machine code of no program": (["--to", "onnx", "--aot-inductor"], "--aot-inductor: only for --to torch"),
+    "strides that timm has not": (["--to", "timm"], "train it with model.stem_stride=2 and model.stem_pool_stride=2"),
 }
 
 
