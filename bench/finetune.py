@@ -104,7 +104,6 @@ def table(out: Path, seeds: Sequence[int]) -> str:
             ", ".join(f"`{setting}`" for setting in settings),
             f"{statistics.mean(scores):.2f}{spread}",
             ", ".join(f"{score:.2f}" for score in scores),
-            f"{statistics.mean(record['seconds'] for record in last):.0f}",
         ]
         rows.append(f"| {' | '.join(cells)} |")
     if start is None:
@@ -121,8 +120,8 @@ def table(out: Path, seeds: Sequence[int]) -> str:
         f"images of the new classes, mean ± standard deviation over the seeds {', '.join(map(str, seeds))}, which draw "
         f"the images too. The rates were chosen before any run, not searched for.",
         "",
-        "| way | settings | accuracy, % | each seed | training and evaluation, s |",
-        "|---|---|---:|---:|---:|",
+        "| way | settings | accuracy, % | each seed |",
+        "|---|---|---:|---:|",
         *rows,
     ]
     return "\n".join(lines) + "\n"
