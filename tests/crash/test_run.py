@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from rsengine import train as train_module
+from rsengine import training
 from rsengine.config import load_recipe
 from rsengine.device import choose_execution
 from rsengine.run.checkpoint import load_checkpoint
@@ -97,7 +97,7 @@ class Resume:
         self.said.clear()
         if not (run / CHECKPOINT_FILE).exists():
             with contextlib.ExitStack() as held:
-                train_module._begin(self.trainer, run, held)
+                training._begin(self.trainer, run, held, self.said.append)
                 remove_leftovers(run)
             assert RunLog(run).records() == []
             return None

@@ -10,6 +10,7 @@ import torch
 
 from rsengine import train as train_module
 from rsengine import trainer as trainer_module
+from rsengine import training
 from rsengine.run.checkpoint import load_checkpoint
 from rsengine.run.weights import load_weights
 from tests.test_train import RECIPE
@@ -56,7 +57,7 @@ def train(options, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(trainer_module, "choose_step", choose)
             if stop_after:  # pictures and reports of these take most of the time, and are made anew
-                patch.setattr(train_module, "write_records", lambda *args, **kwargs: None)
+                patch.setattr(training, "write_records", lambda *args, **kwargs: None)
             return train_module.main([*options, "--out", str(out), *arguments])
 
     return run
