@@ -42,6 +42,7 @@ setup(
         "psutil>=5.9",
         "safetensors>=0.4",
         "scikit-learn>=1.4",
+        "scipy>=1.11",
         "tomli-w>=1",
         "tqdm>=4.66",
     ],

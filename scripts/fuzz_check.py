@@ -49,6 +49,7 @@ from rsengine.data.identity import content_identity  # noqa: E402
 from rsengine.data.sources.images import decode_rgb  # noqa: E402
 from rsengine.run.checkpoint import load_checkpoint  # noqa: E402
 from rsengine.run.weights import load_weights  # noqa: E402
+from rsengine.trainer import Trainer  # noqa: E402
 
 MEMORY = 3 << 30  # bytes that a child may take beside what it begins with
 CPU = ["--device", "cpu"]
@@ -120,7 +121,7 @@ def run_command(given: Input, home: Path) -> int:
             train.write_records = lambda *_, **__: None  # pictures of records that are whole
         return train.main(["--resume", "--out", "run", *data, *CPU])
     if kind == "recipe":
-        train.Trainer.run = _stop  # what it asks for may take days: it is built, stopped and drawn
+        Trainer.run = _stop  # what it asks for may take days: it is built, stopped and drawn
         return 0 if (status := train.main(["--recipe", "recipe.toml", "--out", "out", *data, *CPU])) == 130 else status
     if kind == "weights" and some:
         return evaluate.main(["weights.safetensors", *data, *CPU])
@@ -132,7 +133,7 @@ def run_command(given: Input, home: Path) -> int:
     return convert([source, "--out", "out", "--quiet", "--no-verify", "--workers", "1"])
 
 
-def _stop(trainer: train.Trainer) -> int:
+def _stop(trainer: Trainer) -> int:
     trainer.log.path.touch()
     return signal.SIGINT
 
