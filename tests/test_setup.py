@@ -233,7 +233,7 @@ def test_every_imported_package_is_asked_for(monkeypatch):
 
 def sources() -> set[Path]:
     """The files of the packages, relative to the checkout. data/ may hold data sets too."""
-    kinds = ("*.py", "*.toml", "*.c", "*.h", "py.typed")
+    kinds = ("*.py", "*.toml", "*.css", "*.js", "*.c", "*.h", "py.typed")
     found = {path.relative_to(ROOT) for house in HOUSES for kind in kinds for path in (ROOT / house).rglob(kind)}
     return {path for path in found if path.parts[:2] not in (("rsengine", "kernels"), ("rsengine", "data"))}
 
