@@ -5,29 +5,17 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from rsengine.engine.predictions import Calibration
 from rsengine.run.formats import NONE, count, fixed, percent
+from rsengine.run.mistakes import Mistake
 from rsengine.run.page import Markup, details, image_tag, note, picture, scrolled, shortened, table, tag
 
-MISTAKES = 25
 _CELLS = 40  # classes up to which every cell of the matrix is a number
 _ROWS = 1000  # classes in the table
 _BLUE = np.array([0, 114, 178])
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """An image that was misclassified. ``index``: in the test set; ``pixels``: (H, W, 3) uint8."""
-
-    index: int
-    pixels: np.ndarray
-    label: int
-    predicted: int
-    probability: float
 
 
 def wilson(right: float, images: int) -> tuple[float, float]:

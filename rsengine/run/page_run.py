@@ -14,6 +14,7 @@ from rsengine.run.augmented import Examples
 from rsengine.run.files import METRICS_FILE, PAGE_FILE, write_atomically
 from rsengine.run.formats import NONE, count, number, percent
 from rsengine.run.log import EPOCH, INTERVAL, START, RunLog
+from rsengine.run.mistakes import Mistake
 from rsengine.run.page import (
     LIMIT,
     TOOLS,
@@ -33,7 +34,7 @@ from rsengine.run.page import (
     table,
     tag,
 )
-from rsengine.run.page_classes import Mistake, calibration, class_table, confusion_matrix, mistakes, wilson
+from rsengine.run.page_classes import calibration, class_table, confusion_matrix, mistakes, wilson
 from rsengine.run.progress import duration
 from rsengine.run.report import EPOCH_COLUMNS, machine_rows, speed_rows, thinned
 from rsengine.text import parse_toml

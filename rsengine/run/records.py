@@ -8,7 +8,6 @@ from typing import Any
 
 from rsengine.config import Recipe
 from rsengine.data import Dataset
-from rsengine.data.beton.reader import BetonReader
 from rsengine.device import Execution
 from rsengine.engine.evaluation import Evaluation
 from rsengine.model import ResNetRS
@@ -17,7 +16,7 @@ from rsengine.run.augmented import draw_augmented
 from rsengine.run.files import AUGMENTED_FILE, CONFUSION_FILE, CURVES_FILE, PAGE_FILE
 from rsengine.run.lettering import labels_said
 from rsengine.run.log import EPOCH, INTERVAL, RunLog
-from rsengine.run.page_classes import MISTAKES, Mistake
+from rsengine.run.mistakes import mistakes_of
 from rsengine.run.page_run import write_page
 from rsengine.run.report import write_report
 
@@ -99,24 +98,10 @@ def write_records(
         "python -m rsengine.compare . OTHER_RUN",
     ]
     try:
-        worst = _mistakes(dataset, result[weights]) if result else []
+        worst = mistakes_of(dataset, result[weights]) if result else []
         write_page(out, notes=notes, again=again, result=result, worst=worst, examples=examples, **about)
     except Exception as error:  # whatever it is: hours of training are not to end in it
         say(f"{out / PAGE_FILE}: not written ({type(error).__name__}: {error}); all else is saved")
-
-
-def _mistakes(dataset: Dataset, result: Evaluation) -> list[Mistake]:
-    """The most confident ones of an evaluation with predictions, or none."""
-    found = result.predictions
-    if found is None:
-        return []
-    reader = BetonReader(dataset.test_beton)
-    return [
-        Mistake(
-            int(i), reader.image(int(i)), int(found.labels[i]), int(found.predicted[i]), float(found.probability[i])
-        )
-        for i in found.worst(MISTAKES)
-    ]
 
 
 def _dataset_line(dataset: Dataset) -> str:

@@ -18,9 +18,8 @@ from rsengine.output import escaped
 from rsengine.run import plots
 from rsengine.run.files import CONFUSION_FILE, atomic_path, writing
 from rsengine.run.lettering import labels_said
+from rsengine.run.mistakes import MISTAKES_FILE, MOST, Mistake, draw_mistakes
 
-MISTAKES_FILE = "mistakes.png"
-SHOWN, COLUMNS = 25, 5  # mistakes in the picture
 _MOST_COLUMNS = 20  # classes of a confusion matrix in text
 Row = Callable[[str, "int | None", np.ndarray], None]
 
@@ -98,7 +97,7 @@ class Labelled:
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = classes
         self.confusion = np.zeros((len(classes), len(classes)), np.int64)  # rows: true class, columns: predicted
-        self._worst: list[tuple[float, int, int, int, np.ndarray]] = []
+        self._worst: list[tuple[float, int, Mistake]] = []
         self._numbers = itertools.count()
 
     def add(self, pixels: np.ndarray, label: int, probabilities: np.ndarray) -> None:
@@ -106,9 +105,10 @@ class Labelled:
         predicted = int(probabilities.argmax())
         self.confusion[label, predicted] += 1
         if predicted != label:
+            number, probability = next(self._numbers), float(probabilities[predicted])
             # Of equal ones the first is kept.
-            mistake = (float(probabilities[predicted]), -next(self._numbers), label, predicted, pixels)
-            (heapq.heappush if len(self._worst) < SHOWN else heapq.heappushpop)(self._worst, mistake)
+            item = (probability, -number, Mistake(number, pixels, label, predicted, probability))
+            (heapq.heappush if len(self._worst) < MOST else heapq.heappushpop)(self._worst, item)
 
     @property
     def images(self) -> int:
@@ -141,22 +141,7 @@ class Labelled:
         accuracy = np.trace(self.confusion) / self.images
         title = f"{accuracy:.2%} of {self.images:,} images"
         plots.confusion(self.confusion, drawn[0], classes=labels, title=title)
-        worst = sorted(self._worst, reverse=True)
-        if worst:
+        if worst := [mistake for *_, mistake in sorted(self._worst, reverse=True)]:
             drawn.append(folder / MISTAKES_FILE)
-            _draw_mistakes(worst, labels, drawn[1])
+            draw_mistakes(worst, labels, drawn[1], title="Most confident mistakes")
         return drawn
-
-
-def _draw_mistakes(worst: Sequence[tuple[float, int, int, int, np.ndarray]], labels: Sequence[str], path: Path) -> None:
-    columns = min(COLUMNS, len(worst))
-    blank = np.full_like(worst[0][-1], 255)
-    rows, captions = [], []
-    for start in range(0, len(worst), columns):
-        some = worst[start : start + columns]
-        missing = columns - len(some)
-        rows.append(("", np.stack([*(pixels for *_, pixels in some), *[blank] * missing])))
-        texts = [f"{labels[predicted]} {share:.0%}\ntrue: {labels[true]}" for share, _, true, predicted, _ in some]
-        captions.append([*texts, *[""] * missing])
-    title = "Most confident mistakes"
-    plots.image_grid(rows, path, titles=[""] * columns, captions=captions, title=title)

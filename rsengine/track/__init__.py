@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rsengine.errors import SettingsError
 from rsengine.run.files import AUGMENTED_FILE, CONFUSION_FILE
+from rsengine.run.lettering import labels_said
 from rsengine.run.log import EPOCH, INTERVAL
+from rsengine.run.mistakes import MISTAKES_FILE, draw_mistakes, mistakes_of
 
 if TYPE_CHECKING:
     from rsengine.config import Recipe
@@ -134,12 +136,10 @@ class Tracking:
         for file in (AUGMENTED_FILE, CONFUSION_FILE):
             self._picture(file.removesuffix(".png"), trainer.out / file, step)
         if completed and self.trackers:
-            from rsengine.track.mistakes import draw_mistakes  # not for a run that is stopped, and should end
-
             with tempfile.TemporaryDirectory(prefix="rsengine-") as folder:
-                path = Path(folder) / "mistakes.png"
+                path = Path(folder) / MISTAKES_FILE
                 with self.guarded("mistakes"):
-                    draw_mistakes(trainer, path)
+                    _draw_mistakes(trainer, path)
                 self._picture("mistakes", path, step)
         values = {f"result/{key}": summary[key] for key in _RESULTS if summary[key] is not None}
         self._each(lambda tracker: tracker.finish(_finite(values), completed))
@@ -158,6 +158,14 @@ class Tracking:
         for name, tracker in list(self.trackers.items()):
             with self.guarded(name):
                 act(tracker)
+
+
+def _draw_mistakes(trainer: Any, path: Path) -> None:
+    """The picture of the result's mistakes, if there are any."""
+    found = mistakes_of(trainer.dataset, trainer.result.get("ema") or trainer.result["raw"])
+    if found:
+        labels = labels_said(trainer.dataset.classes, lambda _line: None)  # said already, with the other pictures
+        draw_mistakes(found, labels, path, title=f"{trainer.recipe.name} on {trainer.dataset.name}: mistakes")
 
 
 class _Guard:

@@ -7,7 +7,7 @@ from rsengine.engine.evaluation import Evaluation
 from rsengine.engine.predictions import Predictions
 from rsengine.run.augmented import Examples
 from rsengine.run.log import RunLog
-from rsengine.run.page_classes import Mistake
+from rsengine.run.mistakes import Mistake
 
 HOSTILE = "<script>window.hacked=1</script>\"'&</table>"
 CLASSES = ("airplane", HOSTILE, "bird & co")

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from rsengine.errors import SettingsError
-from rsengine.run.results import SHOWN, Labelled, best_of, results_file
+from rsengine.run.mistakes import MOST
+from rsengine.run.results import Labelled, best_of, results_file
 
 CLASSES = ("cat", "猫, big", "dog")
 ROWS = [("a.png", None, [0.2, 0.5, 0.3]), ("b\n\udcff.png", 2, [0.6, 0.1, 0.3])]
@@ -92,13 +93,13 @@ def test_the_pictures_show_the_most_confident_mistakes(tmp_path, monkeypatch):
 
     seen, plain = [], plots.image_grid
     monkeypatch.setattr(plots, "image_grid", lambda rows, *a, **k: (seen.append((rows, k)), plain(rows, *a, **k)))
-    shares = np.linspace(0.5, 0.99, SHOWN + 8).tolist()
+    shares = np.linspace(0.5, 0.99, MOST + 8).tolist()
     found = labelled((0, 0, 0.999), *((0, 1, share) for share in shares))
     assert [path.name for path in found.draw(tmp_path)] == ["confusion.png", "mistakes.png"]
     assert all(Image.open(tmp_path / name).width > 400 for name in ("confusion.png", "mistakes.png"))
     rows, said = seen[0]
     drawn = np.concatenate([images for _, images in rows])[:, 0, 0, 0]
-    assert drawn.tolist() == [round(255 * share) for share in sorted(shares, reverse=True)[:SHOWN]]
+    assert drawn.tolist() == [round(255 * share) for share in sorted(shares, reverse=True)[:MOST]]
     assert said["captions"][0][0].splitlines() == ["猫, big 99%", "true: cat"] or "#2" in said["captions"][0][0]
 
 

@@ -201,14 +201,15 @@ def test_mlflow_in_a_folder_holds_the_run(toy, monkeypatch, tmp_path):
 
 
 def test_the_mistakes_are_the_surest_ones_with_their_classes(toy, monkeypatch):
-    from rsengine.track import mistakes as mistakes_module
+    from rsengine import track as track_module
+    from rsengine.run import mistakes as mistakes_module
 
     drawn, trainers = {}, []
     monkeypatch.setattr(mistakes_module.plots, "image_grid", lambda rows, path, **how: drawn.update(rows=rows, **how))
     plain = Trainer.run
     monkeypatch.setattr(Trainer, "run", lambda self: (trainers.append(self), plain(self))[1])
     assert toy("--epochs", "1", "--set", "schedule.learning_rate=0.0001") == 0  # learns nothing, so it errs
-    mistakes_module.draw_mistakes(trainers[0], Path("mistakes.png"))
+    track_module._draw_mistakes(trainers[0], Path("mistakes.png"))
     texts = [text for row in drawn["captions"] for text in row if text]
     result = trainers[0].result["ema"]
     assert len(texts) == min(25, round(result.images * (1 - result.accuracy))) > 0
