@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rsengine.checked import Field, FieldError
 from rsengine.config import ModelSection
 from rsengine.data.errors import UserError
 from rsengine.model import DEPTHS, divisible, from_timm
@@ -140,30 +140,18 @@ def timm_normalisation(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]
     if path.name not in TIMM_FILES or not config.is_file():
         return None, None
     try:
-        content = json.loads(config.read_bytes())
-        values = content.get("pretrained_cfg", content)
-        if "mean" not in values and "std" not in values:
-            return None, None
-        if is_normalisation(values):
-            return tuple(map(float, values["mean"])), tuple(map(float, values["std"]))
-        fault = f"mean {values.get('mean')}, std {values.get('std')}"
-    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
-        fault = str(error)
-    raise InitialError(
-        f"--init {config}: expected the mean and std of three channels, from 0 to 1, or neither; found {fault[:120]}; "
-        f"mend the file or take it away"
-    )
+        values = Field.of_json(config.read_bytes())
+        if "pretrained_cfg" in values:
+            values = values["pretrained_cfg"]
+        return normalisation(values) if "mean" in values or "std" in values else (None, None)
+    except FieldError as error:
+        raise InitialError(f"--init {config}: {error}; mend the file or take it away") from error
 
 
-def is_normalisation(values: Mapping[str, Any]) -> bool:
-    """Whether ``values`` has the mean and the std of three channels, in units of 0 to 1, the std above 0."""
-    mean, std = values.get("mean"), values.get("std")
-    return all(
-        isinstance(each, list | tuple)
-        and len(each) == 3
-        and all(isinstance(value, int | float) and least <= value <= 1 for value in each)  # false for NaN
-        for each, least in ((mean, 0), (std, 1e-6))
-    )
+def normalisation(values: Field) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The ``mean`` and the ``std`` of three channels, in units of 0 to 1, the std above 0. Raises FieldError."""
+    mean = tuple(each.number(0, 1) for each in values["mean"].items(3))
+    return mean, tuple(each.number(1e-6, 1) for each in values["std"].items(3))
 
 
 def first_of(names: Sequence[str]) -> str:

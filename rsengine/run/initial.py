@@ -16,17 +16,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rsengine.checked import Field, FieldError
 from rsengine.config import ModelSection
 from rsengine.data import Dataset
 from rsengine.model import DEPTHS, HEAD
-from rsengine.run.checkpoint import CheckpointError
+from rsengine.run.checkpoint import damaged
 from rsengine.run.files import CHECKPOINT_FILE
 from rsengine.run.foreign import (
     InitialError,
     architecture_of,
     file_in,
     first_of,
-    is_normalisation,
+    normalisation,
     read_content,
     renamed,
     tensors_in,
@@ -137,16 +138,17 @@ def origin_of(state: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: it cannot have been written by :meth:`Initial.origin`.
     """
-    origin = state.get("origin")
-    if origin is None:
+    if state.get("origin") is None:
         return None
-    whole = isinstance(origin, dict) and all(isinstance(origin.get(key), str) for key in ("path", "sha256"))
-    if not whole or not (is_normalisation(origin) or origin.get("mean") is origin.get("std") is None):
-        raise CheckpointError(
-            f"{folder / CHECKPOINT_FILE}: origin: expected the path, sha256, mean and std of the first weights; found "
-            f"{str(origin)[:80]!r}; use another checkpoint"
-        )
-    return {key: origin.get(key) for key in ("path", "sha256", "mean", "std")}
+    origin = Field(state["origin"], "origin")
+    try:
+        known = {key: origin[key].text(any_bytes=True) for key in ("path", "sha256")}
+        known |= {key: origin[key].value for key in ("mean", "std")}
+        if known["mean"] is not None or known["std"] is not None:
+            normalisation(origin)
+    except FieldError as error:
+        raise damaged(folder / CHECKPOINT_FILE, error) from error
+    return known
 
 
 def read_initial(given: str | Path) -> Initial:

@@ -361,24 +361,28 @@ def test_weights_that_may_not_be_read_are_named(tmp_path, monkeypatch):
         read_initial(path)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        *("rubbish", "[1]", '{"mean": [0.5, 0.5, 0.5]}', '{"mean": 1, "std": 2}', '{"pretrained_cfg": {"std": "big"}}'),
-        *('{"mean": [0.5, 0.5], "std": [1, 1]}', '{"mean": [0.5, 0.5, NaN], "std": [1, 1, 1]}'),
-        *('{"mean": [0, 0, 0], "std": [0, 1, 1]}', '{"mean": [123, 116, 103], "std": [58, 57, 57]}'),
-        '{"mean": [0, 0, 1' + "0" * 400 + '], "std": [1, 1, 1]}',
-        "[" * 100_000,
-    ],
-    ids=lambda text: text[:40],
-)
-def test_a_folders_normalisation_is_checked(tmp_path, config):
+NORMALISATIONS = {
+    "rubbish": r"not valid JSON \(Expecting value",
+    "[1]": r"expected names with values; got \[1\]",
+    '{"mean": [0.5, 0.5, 0.5]}': "std: missing",
+    '{"mean": 1, "std": 2}': "mean: expected a list of 3; got 1",
+    '{"pretrained_cfg": {"std": "big"}}': "pretrained_cfg.mean: missing",
+    '{"mean": [0.5, 0.5], "std": [1, 1]}': "mean: expected a list of 3",
+    '{"mean": [0.5, 0.5, NaN], "std": [1, 1, 1]}': r"mean\[2\]: expected a number from 0 to 1; got nan",
+    '{"mean": [0, 0, 0], "std": [0, 1, 1]}': r"std\[0\]: expected a number from 1e-06 to 1; got 0",
+    '{"mean": [123, 116, 103], "std": [58, 57, 57]}': r"mean\[0\]: expected a number from 0 to 1; got 123",
+    '{"mean": [0, 0, 1' + "0" * 400 + '], "std": [1, 1, 1]}': r"mean\[2\]: expected a number from 0 to 1; got 10000",
+    "[" * 100_000: r"not valid JSON \(nested too deep\)",
+}
+
+
+@pytest.mark.parametrize(("config", "words"), NORMALISATIONS.items(), ids=lambda text: text[:40])
+def test_a_folders_normalisation_is_checked(tmp_path, config, words):
     save_file(build_model(Recipe().with_settings(SMALL), 3).state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(config)
-    with pytest.raises(
-        InitialError, match=r"config.json: expected the mean and std of three channels, .*; mend the file"
-    ):
+    with pytest.raises(InitialError, match=f"config.json: {words}.*; mend the file") as caught:
         read_initial(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 # --- what a run keeps -----------------------------------------------------------------------------------------------
@@ -392,10 +396,14 @@ def test_the_origin_comes_back_and_a_forged_one_is_refused(ours, toy_dataset, tm
     moved = normalised_as(toy_dataset, origin | {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]})
     assert (moved.mean, moved.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)) and moved.classes == toy_dataset.classes
     assert normalised_as(toy_dataset, origin | {"mean": None, "std": None}) is toy_dataset
-    for forged in (3, {}, origin | {"path": 1}, origin | {"mean": None}, origin | {"std": [0.0, 1.0, 1.0]}):
-        with pytest.raises(
-            CheckpointError, match="origin: expected the path, sha256, mean and std of the first weights"
-        ):
+    for forged, words in [
+        (3, "origin: expected names with values; got 3"),
+        ({}, "origin.path: missing"),
+        (origin | {"path": 1}, "origin.path: expected text; got 1"),
+        (origin | {"mean": None}, "origin.mean: expected a list of 3; got None"),
+        (origin | {"std": [0.0, 1.0, 1.0]}, r"origin.std\[0\]: expected a number from 1e-06 to 1; got 0.0"),
+    ]:
+        with pytest.raises(CheckpointError, match=f"checkpoint.pt: {words}; "):
             origin_of({"origin": forged}, tmp_path)
 
 
