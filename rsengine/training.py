@@ -25,6 +25,7 @@ from rsengine.run.checkpoint import load_checkpoint
 from rsengine.run.files import (
     BEST_FILE,
     CHECKPOINT_FILE,
+    PAGE_FILE,
     RECIPE_FILE,
     REPORT_FILE,
     WEIGHTS_FILE,
@@ -97,11 +98,12 @@ class Outcome:
         return "ema" if self.recipe.ema.enabled else "raw"
 
     def line(self) -> str:
-        """The result in one line."""
+        """The result in one line, and where to read about it."""
+        page, plain = self.folder / PAGE_FILE, self.folder / REPORT_FILE
         accuracy = self.result[self.weights].accuracy
         return (
             f"test accuracy {accuracy:.2%}{' (EMA)' if self.weights == 'ema' else ''} on {self.dataset.name} after "
-            f"{self.epochs} epochs, {duration(self.seconds)}. Report: {self.folder / REPORT_FILE}"
+            f"{self.epochs} epochs, {duration(self.seconds)}. Report: {page if page.exists() else plain}"
         )
 
     def summary(self) -> dict[str, Any]:
