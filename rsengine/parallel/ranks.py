@@ -1,0 +1,296 @@
+"""The processes that train one run together, and what they say to each other.
+
+torchrun, or whatever else sets the variables of ``torch.distributed`` (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``,
+``MASTER_ADDR``, ``MASTER_PORT``), starts them; :func:`join` makes them one group. All of them hold the same weights and
+the same state of the random number generators. Of each batch, process r of N has the images r, r + N, r + 2N and so on,
+and whatever is drawn for images is drawn for the whole batch, of which each process takes its part; so an image is
+treated in the same way whatever N is.
+
+A run in one process is the case N = 1, :data:`ALONE`: nothing is sent, and nothing of ``torch.distributed`` is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rsengine.data.errors import UserError
+from rsengine.errors import SettingsError
+
+T = TypeVar("T")
+TIMEOUT = datetime.timedelta(minutes=30)  # one process may convert the data set while the others wait
+
+
+class LostProcessError(UserError):
+    """Another process of the run ended while this one waited for it."""
+
+    status = 1
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The group of a run's processes, as one of them sees it.
+
+    Attributes:
+        rank: of this process, from 0; the process of rank 0 prints and records.
+        size: the number of processes.
+        local_rank, local_size: the same among those on this machine.
+        backend: what carries tensors between them, ``"gloo"`` or ``"nccl"``; empty for one process.
+        attempt: how often the agent of torchrun has started this group again.
+        under_agent: whether torchrun's agent watches this process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    backend: str = ""
+    attempt: int = 0
+    under_agent: bool = False
+    _store: dist.Store | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    # --- parts of batches ---------------------------------------------------------------------------------------------
+
+    def part(self, whole: T) -> T:
+        """This process's part of what belongs to a whole batch: every ``size``-th entry of the first dimension."""
+        return whole if self.size == 1 else whole[self.rank :: self.size]
+
+    def share_of(self, count: int, name: str) -> int:
+        """``count`` over the processes. Raises :class:`SettingsError` where it cannot be divided."""
+        if count % self.size:
+            near = count - count % self.size or self.size
+            raise SettingsError(
+                f"{name}: expected a multiple of the {self.size} processes; got {count}; use {name}={near} or another "
+                "number of processes"
+            )
+        return count // self.size
+
+    def previous(self, images: Tensor) -> Tensor:
+        """For each image of this process's part, the one before it in the whole batch; the first one's is the last.
+
+        ``images``: (N, ...), as many in each process. The same for labels.
+        """
+        if self.size == 1:
+            return images.roll(1, 0)
+        gathered = torch.ops._c10d_functional.all_gather_into_tensor(images.contiguous(), self.size, _group_name())
+        parts = torch.ops._c10d_functional.wait_tensor(gathered).view(self.size, *images.shape)
+        return parts[self.rank - 1] if self.rank else parts[-1].roll(1, 0)
+
+    # --- in a step: tensor programs, which can be captured ------------------------------------------------------------
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add the other processes' ``tensor`` to this one's, in place. It is contiguous. All get the same bits."""
+        if self.size > 1:
+            torch.ops._c10d_functional.all_reduce_(tensor, "sum", _group_name())
+            torch.ops._c10d_functional.wait_tensor(tensor)
+        return tensor
+
+    # --- between steps, on the host -----------------------------------------------------------------------------------
+
+    def most(self, *values: int) -> list[int]:
+        """For each of ``values``, the largest that any process gives. All must call it at the same moment."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def from_main(self, value: T) -> T:
+        """``value`` of the process of rank 0."""
+        if self.size == 1:
+            return value
+        holder = [value]
+        dist.broadcast_object_list(holder, 0, device=torch.device("cpu"))
+        return holder[0]
+
+    def all_of(self, value: T) -> list[T]:
+        """``value`` of every process, by rank."""
+        if self.size == 1:
+            return [value]
+        # As bytes in a tensor on the CPU: the collective for objects would put them on the GPU under NCCL.
+        import pickle
+
+        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        (longest,) = self.most(len(mine))
+        padded = torch.zeros(longest + 8, dtype=torch.uint8)
+        padded[:8] = torch.tensor([len(mine)]).view(torch.uint8)
+        padded[8 : 8 + len(mine)] = mine
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        lengths = [int(part[:8].view(torch.int64)) for part in parts]
+        pairs = zip(parts, lengths, strict=True)
+        return [pickle.loads(part[8 : 8 + length].numpy().tobytes()) for part, length in pairs]
+
+    @torch.no_grad()
+    def copy_from_main_(self, tensors: Sequence[Tensor]) -> None:
+        """Give ``tensors`` the values that they have in the process of rank 0."""
+        if self.size > 1:
+            for tensor in tensors:
+                whole = tensor.detach()
+                dense = whole if _is_dense(whole) else whole.contiguous()
+                dist.broadcast(dense, 0)
+                if dense is not whole:
+                    whole.copy_(dense)
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """In this block the first process of each machine goes before the others of it: what it leaves on the disk is
+        there for them."""
+        if self.local_rank == 0:
+            yield
+        if self.size > 1:
+            dist.barrier()
+        if self.local_rank:
+            yield
+
+    # --- over attempts ------------------------------------------------------------------------------------------------
+
+    def remember(self, name: str, value: str) -> None:
+        """Keep ``value`` for the next attempt, where an agent may start one."""
+        if self._store is not None and self.under_agent:
+            self._store.set(f"rsengine/kept/{name}", value)
+
+    def remembered(self, name: str) -> str | None:
+        """What :meth:`remember` kept in an earlier attempt."""
+        key = f"rsengine/kept/{name}"
+        if self._store is None or not self.under_agent or not self._store.check([key]):
+            return None
+        return self._store.get(key).decode()
+
+    # --- errors -------------------------------------------------------------------------------------------------------
+
+    def run(self, work: Callable[[], T]) -> T:
+        """``work()``, of whose errors in all the processes one reaches the user: the first.
+
+        Raises:
+            LostProcessError: another process ended, and has not said why.
+            SystemExit: another process has raised its error already.
+        """
+        if self.size == 1:
+            return work()
+        try:
+            return work()
+        except BaseException as error:
+            lost = self._lost() if _may_be_of_connection(error) else []
+            if not self._is_first_error():
+                raise SystemExit(LostProcessError.status) from None
+            if lost:
+                raise LostProcessError(
+                    f"{' and '.join(lost)} ended without a word, killed perhaps; what the last checkpoint holds is kept: "
+                    "go on with the same command and --resume --out FOLDER"
+                ) from error
+            raise
+
+    def leave(self) -> None:
+        """End the group. Whatever was captured with it must be gone."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _is_first_error(self) -> bool:
+        try:
+            return self._store.add(f"rsengine/errors/{self.attempt}", 1) == 1
+        except RuntimeError:  # the store ended with the process that held it
+            return True
+
+    def _lost(self) -> list[str]:
+        """The processes of this machine that have ended, in words."""
+        found = []
+        for rank in range(self.size):
+            try:
+                host, process, started = self._store.get(_member(self.attempt, rank)).decode().split()
+            except RuntimeError:
+                return ["the process of rank 0"] if self.rank else []
+            if host == socket.gethostname() and not _is_alive(int(process), float(started)):
+                found.append(f"rank {rank} (process {process})")
+        return found
+
+
+ALONE = Ranks()
+
+
+def join(device: str = "auto", environment: Mapping[str, str] = os.environ) -> Ranks:
+    """Join the other processes of this run, as ``environment`` names them; without any, :data:`ALONE`.
+
+    Args:
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``: tensors are sent by NCCL on GPUs, where each process takes the one
+            of its local rank, else by gloo.
+
+    Raises:
+        SettingsError: a variable is missing or wrong, or a machine has fewer GPUs than processes.
+    """
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return ALONE
+    rank, size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    local_rank = _number(environment, "LOCAL_RANK", rank)
+    local_size = _number(environment, "LOCAL_WORLD_SIZE", size)
+    attempt = _number(environment, "TORCHELASTIC_RESTART_COUNT", 0)
+    agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    on_gpus = device != "cpu" and torch.cuda.is_available()
+    if on_gpus:
+        if local_size > torch.cuda.device_count():
+            raise SettingsError(
+                f"{local_size} processes on a machine with {torch.cuda.device_count()} GPUs; start as many as there are "
+                "GPUs, or use --device cpu"
+            )
+        torch.cuda.set_device(local_rank)
+    address, port = environment.get("MASTER_ADDR", "127.0.0.1"), _number(environment, "MASTER_PORT", 29500)
+    store = dist.TCPStore(address, port, is_master=not agent and rank == 0, timeout=TIMEOUT, wait_for_workers=False)
+    ranks = Ranks(
+        rank, size, local_rank, local_size, "nccl" if on_gpus else "gloo", attempt, "TORCHELASTIC_RUN_ID" in environment, store
+    )
+    if size > 1:
+        process = psutil.Process()
+        store.set(_member(attempt, rank), f"{socket.gethostname()} {process.pid} {process.create_time()}")
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
+            store=dist.PrefixStore(f"rsengine/group/{attempt}", store),
+            rank=rank,
+            world_size=size,
+            timeout=TIMEOUT,
+        )
+    return ranks
+
+
+def _group_name() -> str:
+    return dist.group.WORLD.group_name
+
+
+def _member(attempt: int, rank: int) -> str:
+    return f"rsengine/members/{attempt}/{rank}"
+
+
+def _number(environment: Mapping[str, str], name: str, otherwise: int | None = None) -> int:
+    text = environment.get(name, "" if otherwise is None else str(otherwise))
+    if not text.isdecimal():
+        raise SettingsError(f"{name}: expected a number in this environment variable, as torchrun sets it; got {text!r}")
+    return int(text)
+
+
+def _is_alive(process: int, started: float) -> bool:
+    try:
+        found = psutil.Process(process)
+        return found.create_time() == started and found.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _may_be_of_connection(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and not isinstance(error, UserError)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
