@@ -75,25 +75,19 @@ class _NativeBatchNorm(torch.autograd.Function):
         deviation = torch.rsqrt(variance + eps)  # its inverse
         scale = weight * deviation
         shift = bias - mean * scale
-        y = torch.empty_like(x)
-        run_pass("affine", x, *rows_and_channels(x), scale, shift, int(relu), y, torch.get_num_threads())
         ctx.save_for_backward(x, mean, deviation, scale, shift)
-        ctx.relu = int(relu)
-        return y
+        ctx.relu = relu
+        return affine(x, scale, shift, relu)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, mean, deviation, scale, shift = ctx.saved_tensors
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
-        rows, channels = rows_and_channels(x)
-        total, product = torch.empty_like(mean), torch.empty_like(mean)
-        threads = torch.get_num_threads()
-        scratch = mean.new_empty(threads * 2 * channels)
-        run_pass("affine_sums", dy, x, rows, channels, scale, shift, mean, ctx.relu, total, product, scratch, threads)
+        rows, _ = rows_and_channels(x)
+        total, product = affine_sums(dy, x, scale, shift, mean, ctx.relu)
         constant, slope = -scale * total / rows, -scale * deviation.square() * product / rows
-        dx = torch.empty_like(x)
-        run_pass("affine_gradient", dy, x, rows, channels, scale, shift, mean, constant, slope, ctx.relu, dx, threads)
+        dx = affine_gradient(dy, x, scale, shift, mean, constant, slope, ctx.relu)
         return dx, product * deviation, total, None, None, None, None, None
 
 
@@ -158,15 +152,53 @@ def _(dy, x, weight, bias, mean, deviation, relu):
 def statistics(
     x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, segment: int
 ) -> tuple[Tensor, ...]:
-    """Mean and biased variance, (C,); sums of each segment of rows, (segments, C). Moves the buffers."""
+    """As :func:`moments`. Moves the buffers."""
+    rows, _ = rows_and_channels(x)
+    mean, variance, sums = moments(x, segment)
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(variance * (rows / (rows - 1)), momentum)
+    return mean, variance, sums
+
+
+# --- the passes in C: x, dy (N, C, H, W), channels_last, float32 or bfloat16; vectors (C,), float32 -------------------
+
+
+def moments(x: Tensor, segment: int = SEGMENT_ROWS) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance, (C,); sums of each segment of rows, (segments, C)."""
     rows, channels = rows_and_channels(x)
     threads = torch.get_num_threads()
     shapes = (channels,), (channels,), (-(-rows // segment), channels), (threads, 4, channels)
     mean, variance, sums, scratch = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
     run_pass("statistics", x, rows, channels, segment, sums, mean, variance, scratch, threads)
-    running_mean.lerp_(mean, momentum)
-    running_var.lerp_(variance * (rows / (rows - 1)), momentum)
     return mean, variance, sums
+
+
+def affine(x: Tensor, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
+    """``y = x * scale + shift``, with ``relu`` rectified."""
+    y = torch.empty_like(x)
+    run_pass("affine", x, *rows_and_channels(x), scale, shift, int(relu), y, torch.get_num_threads())
+    return y
+
+
+def affine_sums(dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+    """Of g, which is ``dy`` where y of :func:`affine` was not rectified, else 0: its sums and those of
+    ``g * (x - mean)``."""
+    rows, channels = rows_and_channels(x)
+    total, product = torch.empty_like(mean), torch.empty_like(mean)
+    threads = torch.get_num_threads()
+    scratch = mean.new_empty(threads * 2 * channels)
+    run_pass("affine_sums", dy, x, rows, channels, scale, shift, mean, int(relu), total, product, scratch, threads)
+    return total, product
+
+
+def affine_gradient(
+    dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, constant: Tensor, slope: Tensor, relu: bool
+) -> Tensor:
+    """``dx = g * scale + (x - mean) * slope + constant``, g as in :func:`affine_sums`."""
+    dx, threads = torch.empty_like(x), torch.get_num_threads()
+    vectors = scale, shift, mean, constant, slope
+    run_pass("affine_gradient", dy, x, *rows_and_channels(x), *vectors, int(relu), dx, threads)
+    return dx
 
 
 def rows_and_channels(x: Tensor) -> tuple[int, int]:
