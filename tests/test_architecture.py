@@ -17,6 +17,7 @@ LEVELS = [
     LOWEST,
     {"kernels", "data"},
     {"schedule", "device", "errors", "text"},
+    {"parallel"},
     {"model", "augment"},
     {"config"},
     {"engine", "input", "run", "checks"},
