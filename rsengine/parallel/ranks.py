@@ -59,6 +59,10 @@ class Ranks:
     under_agent: bool = False
     _store: dist.Store | None = field(default=None, repr=False, compare=False)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        """The same: a copy of a module that has it belongs to the same group."""
+        return self
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
@@ -86,8 +90,7 @@ class Ranks:
         """
         if self.size == 1:
             return images.roll(1, 0)
-        gathered = torch.ops._c10d_functional.all_gather_into_tensor(images.contiguous(), self.size, _group_name())
-        parts = torch.ops._c10d_functional.wait_tensor(gathered).view(self.size, *images.shape)
+        parts = self.gathered(images)
         return parts[self.rank - 1] if self.rank else parts[-1].roll(1, 0)
 
     # --- in a step: tensor programs, which can be captured ------------------------------------------------------------
@@ -98,6 +101,13 @@ class Ranks:
             torch.ops._c10d_functional.all_reduce_(tensor, "sum", _group_name())
             torch.ops._c10d_functional.wait_tensor(tensor)
         return tensor
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """``tensor`` of every process, by rank: (size, ...), of the same shape and dtype in each."""
+        if self.size == 1:
+            return tensor[None]
+        whole = torch.ops._c10d_functional.all_gather_into_tensor(tensor.contiguous(), self.size, _group_name())
+        return torch.ops._c10d_functional.wait_tensor(whole).view(self.size, *tensor.shape)
 
     # --- between steps, on the host -----------------------------------------------------------------------------------
 
