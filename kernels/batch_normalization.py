@@ -212,14 +212,15 @@ def run_pass(name: str, x: Tensor, *arguments: Tensor | int) -> None:
     call(name, x, *arguments)
 
 
-def check_batch_norm(x: Tensor, vectors: dict[str, Tensor], momentum: float, eps: float) -> None:
+def check_batch_norm(x: Tensor, vectors: dict[str, Tensor], momentum: float, eps: float, parts: int = 1) -> None:
+    """Refuse what batch norm has no meaning for. ``x`` is one of so many parts of a batch, all of the same shape."""
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x: expected floating point (N, C, H, W); got {x.dtype} {tuple(x.shape)}")
     for name, tensor in vectors.items():
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != (x.shape[1],):
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else tensor
             raise ValueError(f"{name}: expected ({x.shape[1]},); got {got}")
-    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+    if x.shape[0] * x.shape[2] * x.shape[3] * parts == 1:
         raise ValueError(f"x: expected more than one value a channel, to take a variance of; got {tuple(x.shape)}")
     if not 0.0 <= momentum <= 1.0:
         raise ValueError(f"momentum: expected a number in [0, 1]; got {momentum}")

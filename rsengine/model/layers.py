@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rsengine.kernels import batch_norm
+from rsengine.parallel.batch_norm import sync_batch_norm
+from rsengine.parallel.ranks import Ranks
 
 # Output pixels up to which the weight gradient of a 3x3 convolution is one matrix product over copied patches. Above,
 # copying the patches, nine times the map, costs more than it saves; with a stride there are fewer patches to copy.
@@ -32,6 +34,20 @@ def use_products(model: nn.Module, choice: str) -> None:
     for module in model.modules():
         if isinstance(module, PointwiseConv | Conv3x3):
             module.as_product = PRODUCTS[choice]
+
+
+def use_sync_batch_norm(model: nn.Module, ranks: Ranks) -> None:
+    """Have every batch norm that trains take its statistics over the batches of all processes of ``ranks``.
+
+    Raises:
+        ValueError: a batch norm has no momentum. The weight of a batch in its averages is a number of the host.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BatchNorm)}
+    for name, module in layers.items():
+        if module.momentum is None:
+            raise ValueError(f"{name}.momentum: expected a number in [0, 1], for statistics of all processes; got None")
+    for module in layers.values():
+        module.ranks = ranks
 
 
 class PointwiseConv(nn.Conv2d):
@@ -77,14 +93,23 @@ class BatchNorm(nn.BatchNorm2d):
     Attributes:
         counts: whether a batch is counted in ``num_batches_tracked`` here. A network of many layers counts for all of
             them at once (:func:`count_batch`), in one operation.
+        ranks: the processes over whose batches the statistics are taken; None: each process takes its own.
     """
 
     counts = True
+    ranks: Ranks | None = None
+
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether a batch is normalised by statistics of more than this process's part of it."""
+        return self.training and self.ranks is not None and self.ranks.size > 1
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         if not self.training or self.momentum is None:
             y = super().forward(x)
             return F.relu(y) if relu else y
+        if self.is_synchronised:
+            return sync_batch_norm(x, *self.tensors(), self.momentum, self.eps, relu, self.ranks)
         return batch_norm(x, *self.tensors(), self.momentum, self.eps, relu)
 
     def tensors(self) -> tuple[Tensor, ...]:

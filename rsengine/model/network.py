@@ -114,7 +114,7 @@ class Bottleneck(nn.Module):
         branch = self.bn1(self.conv1(x), relu=True)
         branch = self.bn2(self.conv2(branch), relu=True)
         branch, shortcut, bn = self.conv3(branch), self.shortcut(x), self.bn3
-        if not self.training or bn.momentum is None:
+        if not self.training or bn.momentum is None or bn.is_synchronised:
             return squeeze_excite_residual(bn(branch), *self.se.weights(), shortcut, keep_scale)
         return batch_norm_squeeze_excite_residual(
             branch, *bn.tensors(), *self.se.weights(), shortcut, keep_scale, bn.momentum, bn.eps
