@@ -44,7 +44,7 @@ class Operation:
 
     Attributes:
         name: ``aten.add.Tensor`` and the like.
-        arguments: an :class:`Operand` for each tensor, the ``repr`` of everything else.
+        arguments: an :class:`Operand` for each tensor, the ``repr`` of anything else; of an object in C++ its type.
         site: the line of the step that called it; in a backward pass, that which started the pass.
         forward: in a backward pass, the line whose gradient this is, where known.
         labels: the :class:`torch.profiler.record_function` blocks it was called in, outermost first; in a backward pass
@@ -116,7 +116,9 @@ class Trace(TorchDispatchMode):
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         site, forward, labels = self._origin()
         index, name = len(operations), str(func).removesuffix(".default")
-        arguments = tuple(self._operand(leaf) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+        arguments = tuple(self._operand(leaf) if isinstance(leaf, Tensor) else _text(leaf) for leaf in leaves)
+        if func.namespace in COLLECTIVES and not any(self.is_ours(t) for t in inputs):
+            self.refuse_wait(name, site, forward, "other processes")
         if any(self.is_ours(t) for t in inputs) and waits_for_device(func, inputs, kwargs):
             self.refuse_wait(name, site, forward)
         outputs = self.call(func, args, kwargs)
@@ -133,17 +135,17 @@ class Trace(TorchDispatchMode):
         operations.append(Operation(name, arguments, site, forward, labels, launches, *cost))
         return outputs
 
-    def refuse_wait(self, name: str, site: Site | None, forward: Site | None) -> None:
+    def refuse_wait(self, name: str, site: Site | None, forward: Site | None, what: str = "the device") -> None:
         """The operator needs a value, and a fake tensor has none."""
-        self.note_wait(name, site, forward)
+        self.note_wait(name, site, forward, what)
         raise Halt
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator on fake tensors. One that returns nothing needs no shapes, and may have no fake version."""
         return func(*args, **kwargs) if func._schema.returns else None
 
-    def note_wait(self, name: str, site: Site | None, forward: Site | None = None) -> None:
-        detail = "the host waits for the device, which a capture forbids"
+    def note_wait(self, name: str, site: Site | None, forward: Site | None = None, what: str = "the device") -> None:
+        detail = f"the host waits for {what}, which a capture forbids"
         self.findings.append(Finding(SYNCHRONISATION, name, site, detail, forward))
 
     def note_failure(self, error: Exception) -> None:
@@ -248,9 +250,15 @@ def _contain(hook: Callable[..., Any], *arguments: Any) -> Any:
         return None
 
 
+COLLECTIVES = ("c10d", "_c10d_functional")  # namespaces: of torch.distributed, and of its form for programs
 COPIES = {torch.ops.aten._to_copy, torch.ops.aten.copy_, torch.ops.aten.copy}
 # Synchronise in their CUDA implementation without the tag that says so.
 UNTAGGED = {torch.ops.aten._linalg_check_errors, torch.ops.aten._is_all_true, torch.ops.aten._is_any_true}
+
+
+def _text(value: object) -> str:
+    """What an argument must stay from step to step. A C++ object's ``repr`` is the address of what wraps it."""
+    return str(value._type()) if isinstance(value, torch.ScriptObject) else repr(value)
 
 
 def waits_for_device(func: Any, inputs: list[Tensor], kwargs: dict[str, Any]) -> bool:
@@ -270,9 +278,13 @@ def waits_for_device(func: Any, inputs: list[Tensor], kwargs: dict[str, Any]) ->
 _INDEX = torch.ops.aten.index
 
 
+# Allocations; and what has one stream of the device wait for another, where a collective runs.
+NO_WORK = ("empty", "new_empty", "wait_tensor")
+
+
 def launches_work(func: Any, inputs: list[Tensor], fresh: list[Tensor]) -> bool:
     """Whether an operator on the device has it compute anything. ``fresh``: outputs in storages of their own."""
-    if func.is_view or func.overloadpacket.__name__.startswith(("empty", "new_empty")):
+    if func.is_view or func.overloadpacket.__name__.startswith(NO_WORK):
         return False
     if func._schema.is_mutable or not func._schema.returns:
         return any(t.numel() for t in inputs)
