@@ -59,13 +59,12 @@ class Ranks:
     under_agent: bool = False
     _store: dist.Store | None = field(default=None, repr=False, compare=False)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
-        """The same: a copy of a module that has it belongs to the same group."""
-        return self
-
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Ranks:
+        return self  # a copy of a network belongs to the same processes
 
     # --- parts of batches ---------------------------------------------------------------------------------------------
 
@@ -200,8 +199,8 @@ class Ranks:
                 raise SystemExit(LostProcessError.status) from None
             if lost:
                 raise LostProcessError(
-                    f"{' and '.join(lost)} ended without a word, killed perhaps; what the last checkpoint holds is kept: "
-                    "go on with the same command and --resume --out FOLDER"
+                    f"{' and '.join(lost)} ended without a word, killed perhaps; what the last checkpoint holds is "
+                    "kept: go on with the same command and --resume --out FOLDER"
                 ) from error
             raise
 
@@ -253,14 +252,21 @@ def join(device: str = "auto", environment: Mapping[str, str] = os.environ) -> R
     if on_gpus:
         if local_size > torch.cuda.device_count():
             raise SettingsError(
-                f"{local_size} processes on a machine with {torch.cuda.device_count()} GPUs; start as many as there are "
-                "GPUs, or use --device cpu"
+                f"{local_size} processes on a machine with {torch.cuda.device_count()} GPUs; start as many as there "
+                "are GPUs, or use --device cpu"
             )
         torch.cuda.set_device(local_rank)
     address, port = environment.get("MASTER_ADDR", "127.0.0.1"), _number(environment, "MASTER_PORT", 29500)
     store = dist.TCPStore(address, port, is_master=not agent and rank == 0, timeout=TIMEOUT, wait_for_workers=False)
     ranks = Ranks(
-        rank, size, local_rank, local_size, "nccl" if on_gpus else "gloo", attempt, "TORCHELASTIC_RUN_ID" in environment, store
+        rank,
+        size,
+        local_rank,
+        local_size,
+        "nccl" if on_gpus else "gloo",
+        attempt,
+        "TORCHELASTIC_RUN_ID" in environment,
+        store,
     )
     if size > 1:
         process = psutil.Process()
@@ -286,7 +292,9 @@ def _member(attempt: int, rank: int) -> str:
 def _number(environment: Mapping[str, str], name: str, otherwise: int | None = None) -> int:
     text = environment.get(name, "" if otherwise is None else str(otherwise))
     if not text.isdecimal():
-        raise SettingsError(f"{name}: expected a number in this environment variable, as torchrun sets it; got {text!r}")
+        raise SettingsError(
+            f"{name}: expected a number in this environment variable, as torchrun sets it; got {text!r}"
+        )
     return int(text)
 
 
