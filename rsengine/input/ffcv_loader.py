@@ -43,7 +43,7 @@ class FfcvLoader(BetonLoader):
         with preserved_threads():
             self._loader = Loader(
                 str(path),
-                batch_size=batch_size,
+                batch_size=self.part_size,
                 num_workers=1,  # decodes several hundred thousand CIFAR images a second
                 order=self._order,
                 drop_last=self.drop_last,
@@ -57,15 +57,18 @@ class FfcvLoader(BetonLoader):
     def epoch(self, epoch: int = 0, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         for operation in self._operations:
             operation.epoch = epoch
-        self._order.images = self.order(epoch, start)
+        order = self.order(epoch, start)
+        if not len(order):
+            return
+        self._order.images = order
         self._loader.next_epoch = epoch
         threads = torch.get_num_threads()
         with preserved_threads():
             iterator = iter(self._loader)
         try:
-            for count in range(start, len(self)):
+            for number in range(-(-len(order) // self.part_size)):
                 images, labels = _next(iterator)
-                if count == start:  # FFCV's thread sets torch's threads once, before its first batch
+                if number == 0:  # FFCV's thread sets torch's threads once, before its first batch
                     torch.set_num_threads(threads)
                 yield images.clone(), labels.flatten().clone()
         finally:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rsengine.data.beton.reader import BetonReader
 from rsengine.errors import LoaderError, smaller_batch
+from rsengine.parallel.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from rsengine.augment import SeededOperation
@@ -27,10 +28,11 @@ class BetonLoader(ABC):
 
     Args:
         path: the file.
-        batch_size: images a batch.
+        batch_size: images a batch, over all processes.
         augmentations: applied to each image, see :mod:`rsengine.augment`.
         shuffle: a new order each epoch, from ``seed`` and the epoch alone; otherwise the order of the file.
         drop_last: leave out the last batch where it is not full.
+        ranks: the processes that share the batches, of which each gets its part. They divide ``batch_size``.
 
     Attributes:
         reader: of the file.
@@ -50,10 +52,12 @@ class BetonLoader(ABC):
         shuffle: bool = False,
         drop_last: bool = False,
         seed: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.reader = BetonReader(Path(path))
         self.batch_size, self.augmentations = batch_size, list(augmentations)
-        self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
+        self.shuffle, self.drop_last, self.seed, self.ranks = shuffle, drop_last, seed, ranks
+        self.part_size = batch_size // ranks.size  # images of a batch in this process
         count = len(self.reader)
         if len(self) == 0:
             raise LoaderError(f"{path}: {count} images do not fill one batch of {batch_size}; {smaller_batch(count)}")
@@ -68,16 +72,19 @@ class BetonLoader(ABC):
         return full + (rest > 0 and not self.drop_last)
 
     def order(self, epoch: int, start: int) -> np.ndarray:
-        """The places in the file of an epoch's images from batch ``start`` on, (M,) int64."""
+        """The places in the file of an epoch's images from batch ``start`` on, (M,) int64: this process's part.
+
+        Every batch but the last has :attr:`part_size` of them; that may have fewer, or none in some of the processes.
+        """
         count = len(self.reader)
         order = epoch_order(self.seed, epoch, count) if self.shuffle else np.arange(count)
-        return order[start * self.batch_size : len(self) * self.batch_size]
+        return self.ranks.part(order[start * self.batch_size : len(self) * self.batch_size])
 
     @abstractmethod
     def epoch(self, epoch: int = 0, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of one epoch from batch ``start`` on, owned by the caller. Close it when leaving early.
 
-        Each is (N, H, W, 3) uint8 images and (N,) int64 labels.
+        Each is (N, H, W, 3) uint8 images and (N,) int64 labels; none is empty.
 
         Raises:
             LoaderError: the pipeline fails.

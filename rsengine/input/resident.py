@@ -31,6 +31,7 @@ from rsengine.errors import SettingsError, smaller_batch
 from rsengine.input.choose import choose_loader
 from rsengine.input.loader import epoch_order
 from rsengine.model.preprocess import Preprocess
+from rsengine.parallel.ranks import ALONE, Ranks
 
 ORDER_LIMIT = 2**29  # bytes of the table of orders: 2,684 epochs of CIFAR's 50,000 images
 
@@ -46,9 +47,10 @@ class ResidentData:
         labels: (M,) int64.
         mean, std: of the data set, 0 to 1; the mean is also a colour to fill with.
         steps_per_epoch: the counter stays below this times ``train.epochs``.
+        ranks: the processes that share the batches, of which each makes its part.
 
     Attributes:
-        orders: (epochs * steps_per_epoch, batch_size) int32, the images of every step.
+        orders: (epochs * steps_per_epoch, batch_size / processes) int32, this process's images of every step.
 
     Raises:
         ValueError: tensors of other shapes or dtypes; too few images; orders above :data:`ORDER_LIMIT`.
@@ -63,6 +65,7 @@ class ResidentData:
         std: Sequence[float],
         execution: Execution,
         steps_per_epoch: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         if images.dim() != 4 or images.shape[-1] != 3 or images.dtype != torch.uint8:
             raise ValueError(f"images: expected (M, H, W, 3) uint8; got {tuple(images.shape)} {images.dtype}")
@@ -72,7 +75,7 @@ class ResidentData:
         train, device = recipe.train, execution.device
         self.images, self.labels, self.steps_per_epoch = images.to(device), labels.to(device), steps_per_epoch
         orders = step_orders(train.seed, count, train.batch_size, train.epochs, steps_per_epoch)
-        self.orders = torch.from_numpy(orders).to(device)
+        self.orders = torch.from_numpy(np.ascontiguousarray(ranks.part(orders.T).T)).to(device)
         self.augment = DeviceAugment(
             recipe.augment,
             (height, width),
@@ -95,7 +98,7 @@ class ResidentData:
         return images, self.labels.index_select(0, chosen)
 
 
-def load_resident(dataset: Dataset, recipe: Recipe, execution: Execution) -> ResidentData:
+def load_resident(dataset: Dataset, recipe: Recipe, execution: Execution, ranks: Ranks = ALONE) -> ResidentData:
     """Put the training set of ``dataset`` on the device of ``execution``, ready for a run of ``recipe``.
 
     Raises:
@@ -116,7 +119,7 @@ def load_resident(dataset: Dataset, recipe: Recipe, execution: Execution) -> Res
     needed += order_bytes(dataset.train_count, train.batch_size, train.epochs, steps)
     check_fits(needed, free_memory(device), device)
     images, labels = read_images(dataset.train_beton)
-    return ResidentData(recipe, images, labels, dataset.mean, dataset.std, execution, steps)
+    return ResidentData(recipe, images, labels, dataset.mean, dataset.std, execution, steps, ranks)
 
 
 def read_images(path: Path) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ class StreamLoader(BetonLoader):
 
     def epoch(self, epoch: int = 0, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         order = self.order(epoch, start)
-        places = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        places = [order[i : i + self.part_size] for i in range(0, len(order), self.part_size)]
         return ahead(lambda number: self._batch(places[number], epoch), len(places))
 
     def _batch(self, chosen: np.ndarray, epoch: int) -> tuple[Tensor, Tensor]:
