@@ -227,6 +227,16 @@ class TrainSection:
     convolutions: str = _choice(
         "auto", tuple(PRODUCTS), help="1x1 ones, and 3x3 ones of small maps, as matrix products; auto: on the CPU"
     )
+    batch_norm: str = _choice(
+        "local",
+        ("local", "sync"),
+        help="with several processes: statistics of each one's part of the batch, or of the whole batch",
+    )
+    all_reduce: str = _choice(
+        "auto",
+        ("auto", "fp32", "bf16"),
+        help="with several processes: the precision in which gradients are summed; auto: that of the gradients",
+    )
     precision: str = _choice("auto", PRECISIONS, help="bf16 autocast or fp32; auto: bf16 where it is native")
     log_interval: int = _number(50, 1, integer=True, help="steps between interval records")
     checkpoint_minutes: float = _number(10.0, 0.0, help="minutes between checkpoints inside an epoch; 0: epochs only")

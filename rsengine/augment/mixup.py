@@ -32,11 +32,12 @@ class Mix:
             )
         self.mixup_alpha, self.cutmix_alpha = mixup_alpha, cutmix_alpha
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mix a batch of pixels. Normalisation is affine, so mixing before it equals mixing after it.
 
         Args:
             images: (N, H, W, 3) uint8, or floating point.
+            before: the image before each of them, where ``images`` are not the whole batch.
 
         Returns:
             ``(mixed, share)``: (N, H, W, 3) float32, unrounded; and the () float32 share of each image's own pixels in
@@ -51,7 +52,8 @@ class Mix:
             weights.append(outside_box(symmetric_beta(self.cutmix_alpha, u, v), row, column, height, width))
         weight = torch.where(pick < 0.5, *weights) if len(weights) == 2 else weights[0]
         # Rolled before they are mixed: uint8 is a quarter of the bytes.
-        mixed = torch.lerp(images.roll(1, 0).float(), images.float(), weight[:, :, None])
+        before = images.roll(1, 0) if before is None else before
+        mixed = torch.lerp(before.float(), images.float(), weight[:, :, None])
         return mixed, weight.mean()
 
 

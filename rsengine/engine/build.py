@@ -12,8 +12,9 @@ from rsengine.device import Execution
 from rsengine.engine.evaluation import EvaluationStep
 from rsengine.engine.step import TrainStep
 from rsengine.model import ResNetRS, resnet_rs
-from rsengine.model.layers import use_products
+from rsengine.model.layers import use_products, use_ranks, use_sync_batch_norm
 from rsengine.model.preprocess import Preprocess
+from rsengine.parallel.ranks import ALONE, Ranks
 
 
 def build_model(recipe: Recipe, num_classes: int) -> ResNetRS:
@@ -32,6 +33,7 @@ def build_step(
     *,
     resident: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     model: nn.Module | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainStep:
     """The training step of a recipe. On a GPU it trains on copies of the weights in autocast's dtype where it can.
 
@@ -39,12 +41,18 @@ def build_step(
         mean, std: of the data set, three numbers each, in units of 0 to 1.
         resident: as :class:`TrainStep` takes it.
         model: a network to train in place of the recipe's own.
+        ranks: the processes that share each batch, as :class:`TrainStep` takes them.
     """
     model = build_model(recipe, num_classes) if model is None else model
     use_products(model, recipe.train.convolutions)
+    use_ranks(model, ranks)
+    if ranks.size > 1 and recipe.train.batch_norm == "sync":
+        use_sync_batch_norm(model, ranks)
     preprocess = Preprocess(mean, std, execution.device)
     copies = execution.device.type != "cpu" and execution.autocast_dtype is not None and recipe.train.micro_batches == 1
-    return TrainStep(model, recipe, preprocess, execution, steps_per_epoch, resident=resident, weight_copies=copies)
+    return TrainStep(
+        model, recipe, preprocess, execution, steps_per_epoch, resident=resident, weight_copies=copies, ranks=ranks
+    )
 
 
 def build_evaluation(
@@ -53,4 +61,4 @@ def build_evaluation(
     """The evaluation of the network that a step trains, ``raw``, and of its EMA, ``ema``, with the training loss."""
     models = {"raw": step.model} | ({} if step.ema_model is None else {"ema": step.ema_model})
     preprocess = Preprocess(mean, std, step.execution.device)
-    return EvaluationStep(models, preprocess, step.execution, num_classes, recipe.train.label_smoothing)
+    return EvaluationStep(models, preprocess, step.execution, num_classes, recipe.train.label_smoothing, step.ranks)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from rsengine.device import Execution
 from rsengine.engine.graph import CapturedStep
-from rsengine.engine.predictions import Predictions, joined, one_batch
+from rsengine.engine.predictions import Predictions, interleaved, joined, one_batch
 from rsengine.kernels import label_smoothed_cross_entropy
 from rsengine.model.preprocess import Preprocess
+from rsengine.parallel.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class EvaluationStep:
     Args:
         models: by name.
         label_smoothing: that of training makes the loss comparable with the training loss.
+        ranks: the processes that share the split; each measures its part, and all get the whole result.
     """
 
     def __init__(
@@ -49,9 +51,10 @@ class EvaluationStep:
         execution: Execution,
         num_classes: int,
         label_smoothing: float = 0.0,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.models, self.preprocess, self.execution = dict(models), preprocess, execution
-        self.num_classes, self.label_smoothing = num_classes, label_smoothing
+        self.num_classes, self.label_smoothing, self.ranks = num_classes, label_smoothing, ranks
         device = execution.device
         self.losses = {name: torch.zeros((), dtype=torch.float64, device=device) for name in models}
         cells = num_classes**2
@@ -116,11 +119,20 @@ class EvaluationStep:
             self._each = None
 
     def _results(self) -> dict[str, Evaluation]:
+        for tensor in self.state_tensors():
+            self.ranks.sum_(tensor)
         results = {}
         for name in self.models:
             confusion = self.confusions[name].reshape(self.num_classes, self.num_classes).cpu().numpy().copy()
-            count = max(int(confusion.sum()), 1)
-            loss, accuracy = float(self.losses[name]) / count, float(np.trace(confusion)) / count
-            each = joined(self._each[name]) if self._each and self._each[name] else None
+            count = int(confusion.sum())
+            loss, accuracy = float(self.losses[name]) / max(count, 1), float(np.trace(confusion)) / max(count, 1)
+            each = self._joined(self._each[name]) if self._each is not None and count else None
             results[name] = Evaluation(loss, accuracy, confusion, each)
         return results
+
+    def _joined(self, batches: list[tuple[Tensor, ...]]) -> Predictions:
+        """The predictions of all processes, in the order of the set."""
+        parts = self.ranks.all_of(joined(batches) if batches else None)
+        if len(parts) == 1:
+            return parts[0]
+        return interleaved(parts)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -86,3 +86,18 @@ def one_batch(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
 def joined(batches: Iterable[tuple[Tensor, ...]]) -> Predictions:
     """The predictions of all ``batches``, one or more, each from :func:`one_batch`. Waits for the device."""
     return Predictions(*(torch.cat(parts).cpu().numpy() for parts in zip(*batches, strict=True)))
+
+
+def interleaved(parts: Sequence[Predictions | None]) -> Predictions:
+    """The predictions of a set of which part r of N has the images r, r + N, r + 2N, …; None: a part without images."""
+    found = [part for part in parts if part is not None]
+    count = sum(len(part.labels) for part in found)
+
+    def whole(name: str) -> np.ndarray:
+        values = np.empty(count, getattr(found[0], name).dtype)
+        for rank, part in enumerate(parts):
+            if part is not None:
+                values[rank :: len(parts)] = getattr(part, name)
+        return values
+
+    return Predictions(*(whole(each.name) for each in fields(Predictions)))

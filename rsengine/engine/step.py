@@ -22,6 +22,7 @@ from rsengine.device import Execution
 from rsengine.engine.update import Update
 from rsengine.kernels import label_smoothed_cross_entropy
 from rsengine.model.preprocess import Preprocess
+from rsengine.parallel.ranks import ALONE, Ranks
 from rsengine.schedule import image_size_table
 
 
@@ -50,6 +51,8 @@ class TrainStep:
             arguments. Its images are normalised already if ``recipe.batches_are_normalised``.
         weight_copies: train on copies of the weights in autocast's dtype, which the update writes beside the float32
             weights: no weight is cast in a step, and gradients are written and read in that dtype.
+        ranks: the processes that share each batch. A step takes this process's part of it, and does what a step on the
+            whole batch does: all of them keep the same weights and state.
 
     Attributes:
         image_size: height and width to which images are resized before the network; ``None``: they stay as they are. A
@@ -75,6 +78,7 @@ class TrainStep:
         *,
         resident: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
         weight_copies: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         if recipe.batches_are_normalised and resident is None:
             raise ValueError("resident: expected the data, because train.loader is 'resident'; got None")
@@ -88,7 +92,7 @@ class TrainStep:
             model.freeze(recipe.train.frozen_parts)
         self.model = model.to(device, memory_format=torch.channels_last).train()
         self.preprocess = None if recipe.batches_are_normalised else preprocess
-        self.execution, self.resident = execution, resident
+        self.execution, self.resident, self.ranks = execution, resident, ranks
         self.image_size: tuple[int, int] | None = None
         self.micro_batches, self.label_smoothing = recipe.train.micro_batches, recipe.train.label_smoothing
         self.mix = Mix(recipe.augment.mixup_alpha, recipe.augment.cutmix_alpha) if recipe.augment.mixes else None
@@ -102,9 +106,10 @@ class TrainStep:
             steps_per_epoch,
             dtype=execution.autocast_dtype or torch.float32,
             copy_dtype=execution.autocast_dtype if weight_copies else None,
+            ranks=ranks,
         )
-        # A part's share of the batch: the gradient that its backward pass begins with.
-        self.part = torch.full((), 1 / self.micro_batches, dtype=torch.float32, device=device)
+        # A part's share of the whole batch: the gradient that its backward pass begins with.
+        self.part = torch.full((), 1 / (self.micro_batches * ranks.size), dtype=torch.float32, device=device)
         self.counter = torch.zeros((), dtype=torch.int64, device=device)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.correct_sum = torch.zeros((), dtype=torch.int64, device=device)
@@ -121,7 +126,7 @@ class TrainStep:
             images, labels = self._batch(images, labels, now)
             others, share = labels, None
             if self.mix is not None:
-                others, (images, share) = labels.roll(1, 0), self.mix(images)
+                others, (images, share) = self.ranks.previous(labels), self.mix(images, self.ranks.previous(images))
             parts = zip(*(whole.chunk(self.micro_batches) for whole in (images, labels, others)), strict=True)
         with record_function("gradients"):
             self.update.clear_gradients()
@@ -170,10 +175,13 @@ class TrainStep:
         return images, labels
 
     def read_totals(self) -> Totals:
-        """Read the accumulators and reset them. Waits for the device."""
+        """Read the accumulators, of all processes, and reset them. Waits for the device."""
         steps = int(self.counter) - self._counted_from
-        finite = int(self.finite_count) // self.micro_batches
-        first_bad = self._counted_from + finite if finite < steps else -1
+        # Of processes that see a bad loss in different steps, the first counts.
+        (bad,) = self.ranks.most(steps - int(self.finite_count) // self.micro_batches)
+        first_bad = self._counted_from + steps - bad if bad else -1
+        for accumulator in (self.loss_sum, self.correct_sum, self.image_count):
+            self.ranks.sum_(accumulator)
         totals = Totals(float(self.loss_sum), int(self.correct_sum), int(self.image_count), first_bad)
         self._start_sums()
         return totals

@@ -15,9 +15,14 @@ from torch.profiler import record_function
 
 from rsengine.config import Recipe
 from rsengine.engine.muon import Muon
+from rsengine.engine.reduction import GradientReduction
 from rsengine.kernels import ema_update, sgd_ema_step
 from rsengine.model import HEAD
+from rsengine.parallel.ranks import ALONE, Ranks
 from rsengine.schedule import ema_decay_table, learning_rate_table
+
+# What train.all_reduce may be: the dtype in which gradients are sent.
+WIRE_DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Group(NamedTuple):
@@ -43,11 +48,13 @@ class Update:
         dtype: of Muon's Newton-Schulz products.
         copy_dtype: the dtype in which to keep a copy of each weight and bias of the convolutions and linear layers, for
             the forward pass to use; ``None`` for no copies.
+        ranks: the processes that share each batch. The gradients are those of all of them together.
 
     Attributes:
         params, momentum_buffers, weight_decay: of every parameter of ``model`` that takes a gradient, in its order.
         copies: by the name of the parameter; empty for none. The backward pass leaves their gradients on them.
         shadow: the EMA of ``params``, or ``None``.
+        reduction: of the gradients over the processes; ``None`` for one process.
         learning_rates: (steps,) float64, SGD's, on the host; ``lr_table`` is its copy on the device.
     """
 
@@ -60,6 +67,7 @@ class Update:
         *,
         dtype: torch.dtype,
         copy_dtype: torch.dtype | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         optimizer, schedule = recipe.optimizer, recipe.schedule
         self.momentum, self.nesterov, self.clip_norm = optimizer.momentum, optimizer.nesterov, optimizer.clip_norm
@@ -80,18 +88,21 @@ class Update:
             }
         self._copied = [p for name, p in model.named_parameters() if name in self.copies]
 
+        # num_batches_tracked stays out: it has no effect while BN has a fixed momentum. So do frozen layers.
+        moving = [name for name, module in model.named_modules() if module.training]
+        self._buffers = _averages(model, moving)
         self.shadow: list[Tensor] | None = None
         if ema_model is not None:
             self.shadow = [ema_model.get_parameter(name) for name in trained]
-            # num_batches_tracked stays out: it has no effect while BN has a fixed momentum. So do frozen layers.
-            moving = [name for name, module in model.named_modules() if module.training]
-            self._buffers, self._shadow_buffers = (
-                [b for name in moving for b in each.get_submodule(name).buffers(recurse=False) if b.is_floating_point()]
-                for each in (model, ema_model)
-            )
+            self._shadow_buffers = _averages(ema_model, moving)
 
         # Picked once: the lists that each optimiser works on. A call of the SGD step has one rate, and copies or none.
         self._leaves = [self.copies.get(name, p) for name, p in trained.items()]
+        self.reduction: GradientReduction | None = None
+        if ranks.size > 1:
+            averages = self._buffers if recipe.train.batch_norm == "local" else []
+            wire = WIRE_DTYPES[recipe.train.all_reduce]
+            self.reduction = GradientReduction(self._leaves, averages, ranks, wire)
         is_muons = [optimizer.name == "muon" and p.dim() == 4 for p in self.params]
         has_copy = [leaf is not p for leaf, p in zip(self._leaves, self.params, strict=True)]
         is_slow = [optimizer.body_rate != 1 and name.partition(".")[0] != HEAD for name in trained]
@@ -134,13 +145,20 @@ class Update:
     def clear_gradients(self) -> None:
         """Drop every gradient, so that the backward pass writes each one once, into new memory.
 
-        A captured step writes each gradient to the same memory at every replay.
+        A captured step writes each gradient to the same memory at every replay. With several processes the gradients
+        are slices of one buffer, which is zeroed.
         """
+        if self.reduction is not None:
+            self.reduction.clear()
+            return
         for leaf in self._leaves:
             leaf.grad = None
 
     def __call__(self, now: Tensor) -> None:
         """Update every parameter by its gradient. ``now``: () int64, the step's place in the tables."""
+        if self.reduction is not None:
+            with record_function("all-reduce"):
+                self.reduction.reduce()
         if self.clip_norm:
             clip_by_global_norm_([leaf.grad for leaf in self._leaves], self.clip_norm)
         with record_function("counters"):
@@ -186,6 +204,12 @@ class Update:
     def state_tensors(self) -> list[Tensor]:
         """The tensors that an update changes and keeps, beside the parameters and the EMA: momentum and copies."""
         return [*self.momentum_buffers, *(copy.detach() for copy in self.copies.values())]
+
+
+def _averages(model: nn.Module, names: Sequence[str]) -> list[Tensor]:
+    """The floating-point buffers of the modules ``names``: running averages of batch norms."""
+    found = [b for name in names for b in model.get_submodule(name).buffers(recurse=False)]
+    return [b for b in found if b.is_floating_point()]
 
 
 @torch.no_grad()

@@ -50,6 +50,28 @@ def use_sync_batch_norm(model: nn.Module, ranks: Ranks) -> None:
         module.ranks = ranks
 
 
+def use_ranks(model: nn.Module, ranks: Ranks) -> None:
+    """Share each batch among the processes ``ranks``: what a module draws for images, it draws for the whole batch."""
+    for module in model.modules():
+        if isinstance(getattr(module, "ranks", None), Ranks):
+            module.ranks = ranks
+
+
+def draw_keeps(count: int, rate: float, ranks: Ranks, device: torch.device) -> Tensor:
+    """Of each of ``count`` images whether its branch stays, with probability 1 - ``rate``, and the scale that keeps the
+    mean: (count,) float32, 1 / (1 - rate) or 0."""
+    keep = 1 - rate
+    return (ranks.part(torch.rand(count * ranks.size, device=device)) < keep).to(torch.float32) / keep
+
+
+def dropout(x: Tensor, rate: float, training: bool, ranks: Ranks) -> Tensor:
+    """:func:`torch.nn.functional.dropout` of (N, C), drawn for the whole batch of all processes."""
+    if ranks.size == 1 or not training or rate == 0:
+        return F.dropout(x, rate, training)
+    whole = torch.ones(len(x) * ranks.size, x.shape[1], dtype=x.dtype, device=x.device)
+    return x * ranks.part(F.dropout(whole, rate))
+
+
 class PointwiseConv(nn.Conv2d):
     """A 1x1 convolution: on the CPU a matrix product over pixels."""
 

@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rsengine.errors import SettingsError
 from rsengine.kernels import batch_norm_squeeze_excite_residual, squeeze_excite_residual
-from rsengine.model.layers import BatchNorm, Conv3x3, PointwiseConv, count_batch
+from rsengine.model.layers import BatchNorm, Conv3x3, PointwiseConv, count_batch, draw_keeps, dropout
+from rsengine.parallel.ranks import ALONE, Ranks
 
 # Blocks in each of the four stages. 26 is this project's small one; the others are the paper's.
 DEPTHS: dict[int, tuple[int, int, int, int]] = {
@@ -95,6 +96,8 @@ class SqueezeExcite(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3 (with the stride) and 1x1 convolutions with batch norm; squeeze-and-excite; stochastic depth; sum."""
 
+    ranks: Ranks = ALONE
+
     def __init__(self, in_channels: int, width: int, stride: int, se_ratio: float, drop_path: float) -> None:
         super().__init__()
         out_channels = width * EXPANSION
@@ -109,8 +112,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         keep_scale = None
         if self.training and self.drop_path > 0:
-            keep = 1 - self.drop_path
-            keep_scale = (torch.rand(x.shape[0], device=x.device) < keep).to(torch.float32) / keep
+            keep_scale = draw_keeps(x.shape[0], self.drop_path, self.ranks, x.device)
         branch = self.bn1(self.conv1(x), relu=True)
         branch = self.bn2(self.conv2(branch), relu=True)
         branch, shortcut, bn = self.conv3(branch), self.shortcut(x), self.bn3
@@ -124,6 +126,7 @@ class Bottleneck(nn.Module):
 class ResNetRS(nn.Module):
     """A ResNet-RS. Build one with :func:`resnet_rs`."""
 
+    ranks: Ranks = ALONE
     _frozen: Sequence[nn.Module] = ()
 
     def __init__(
@@ -197,7 +200,7 @@ class ResNetRS(nn.Module):
         """``x``: (N, 3, H, W), normalised. Returns logits (N, num_classes)."""
         features = self.stages(self.stem(x)).mean(dim=(2, 3))
         count_batch(self._batch_norms)
-        return self.fc(F.dropout(features, self.dropout, self.training))
+        return self.fc(dropout(features, self.dropout, self.training, self.ranks))
 
     def summary(self, image_size: tuple[int, int] = (32, 32)) -> Summary:
         """Count the model at an input size, (height, width) in pixels. Runs on the meta device: no arithmetic."""
