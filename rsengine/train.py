@@ -12,6 +12,7 @@ from rsengine.config import describe, recipe_names
 from rsengine.data.paths import convert_command
 from rsengine.errors import run_command
 from rsengine.output import add_output_options, program, speaker
+from rsengine.parallel.launch import is_launched, is_watched, launch, only_main_prints, processes
 from rsengine.plan import plan
 from rsengine.track import TRACKERS
 from rsengine.training import Request, train
@@ -21,8 +22,14 @@ EXAMPLE = "example: %(prog)s --data digits --set train.epochs=5 --out runs/first
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0, 1 diverged, 2 bad input, 130 or 143 stopped by a signal."""
-    arguments = _parser().parse_args(argv)
-    return run_command(lambda: _train(arguments))
+    argv = sys.argv[1:] if argv is None else argv
+    with only_main_prints(errors=True):
+        arguments = _parser().parse_args(argv)
+    alone = arguments.dry_run or arguments.list_settings
+    if arguments.processes is not None and not alone and not is_launched():
+        return run_command(lambda: launch(arguments.processes, argv))
+    with only_main_prints():
+        return run_command(lambda: _train(arguments))
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -39,7 +46,9 @@ def _train(arguments: argparse.Namespace) -> int:
         say(outcome.line())
     if arguments.json:
         print(json.dumps(outcome.summary()))
-    return 128 + outcome.stopped if outcome.stopped else 0
+    if outcome.stopped and not is_watched():
+        return 128 + outcome.stopped
+    return 0  # torchrun would start processes again that end otherwise
 
 
 def _request(arguments: argparse.Namespace) -> Request:
@@ -89,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
         "model.safetensors, or a .pth of a resnetrs*; without --recipe their network is taken too",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--processes",
+        type=processes,
+        metavar="N",
+        help="train in N processes of this machine that share each batch, or as many as are fastest: auto",
+    )
     parser.add_argument(
         "--no-graph", action="store_true", help="on a GPU, run steps plainly, without capturing them as CUDA graphs"
     )

@@ -22,6 +22,7 @@ from rsengine.engine.evaluation import Evaluation
 from rsengine.engine.graph import CapturedStep, CudaRecorder, choose_step, static_batch, uses_graph
 from rsengine.engine.step import image_sizes
 from rsengine.input.batches import open_batches
+from rsengine.parallel.ranks import ALONE, Ranks
 from rsengine.run.checkpoint import damaged, save_checkpoint
 from rsengine.run.files import CHECKPOINT_FILE
 from rsengine.run.initial import Initial
@@ -33,6 +34,8 @@ from rsengine.run.same_data import describe_data, refuse_other_data
 from rsengine.run.signals import StopRequest, stop_requests
 from rsengine.run.tensors import check_like
 from rsengine.run.weights import save_weights
+
+ASK_EVERY = 8  # steps on a GPU, after which several processes ask each other whether to stop
 
 
 class DivergedError(UserError):
@@ -66,6 +69,7 @@ class Trainer:
         say: prints one line for the user.
         bar: show the progress as a bar; None: on a terminal and in a notebook.
         started: when the run was asked for, in seconds of :func:`time.time`; None: when the process began.
+        ranks: the processes that work on the run. The one of rank 0 alone writes to the run folder.
 
     Attributes:
         watch: called with each record after it is logged, see :mod:`rsengine.run.log`.
@@ -84,9 +88,10 @@ class Trainer:
         say: Callable[[str], None] = print,
         bar: bool | None = None,
         started: float | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         dataset = replace(dataset, identity=identity_of(dataset))  # found once where an older version wrote none
-        self.recipe, self.dataset, self.execution, self.say = recipe, dataset, execution, say
+        self.recipe, self.dataset, self.execution, self.say, self.ranks = recipe, dataset, execution, say, ranks
         self.set_folder(out)
         self.bar, self.started = bar, started or psutil.Process().create_time()
         self.watch: Callable[[dict[str, Any]], None] = lambda _record: None
@@ -94,7 +99,7 @@ class Trainer:
         self.graph, self.compile = uses_graph(execution, graph), compile
         self.recorder = CudaRecorder(execution.device) if self.graph else None
         torch.manual_seed(recipe.train.seed)
-        self.batches = open_batches(recipe, dataset, execution)
+        self.batches = open_batches(recipe, dataset, execution, ranks)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.image_sizes = image_sizes(recipe, dataset.image_size)
         data = len(dataset.classes), dataset.mean, dataset.std
@@ -104,6 +109,7 @@ class Trainer:
             execution,
             self.steps_per_epoch,
             resident=self.batches.resident,
+            ranks=ranks,
         )
         self.step.given_weights = origin is not None
         self.evaluation = build_evaluation(self.step, recipe, *data)
@@ -144,6 +150,8 @@ class Trainer:
         height, width = self.dataset.image_size
         work = [size[0] * size[1] / (height * width) if size else 1.0 for size in self.image_sizes]
         display = Display(self.total_steps, self.steps_done, train.epochs, train.batch_size, self.say, work, self.bar)
+        ranks = self.ranks
+        ranks.copy_from_main_(self.step.state_tensors())
         with contextlib.closing(display), stop_requests() as stop:
             while self.progress.epoch < train.epochs:
                 size = self.image_sizes[self.progress.epoch]
@@ -151,12 +159,13 @@ class Trainer:
                     self.step.image_size = size
                     first, step = step is None, None  # a graph leaves its memory to the next one
                     step = self._choose_step(first)
-                if not self._train_epoch(step, display, stop):
+                if stopped_by := self._train_epoch(step, display, stop):
                     self.save()
-                    return stop.signal
+                    return stopped_by
                 self._finish_epoch(display)
-                if stop.signal and self.progress.epoch < train.epochs:
-                    return stop.signal  # it came during the evaluation, which was completed
+                (stopped_by,) = ranks.most(stop.signal)
+                if stopped_by and self.progress.epoch < train.epochs:
+                    return stopped_by  # it came during the evaluation, which was completed
         self._renew()
         return 0
 
@@ -171,8 +180,8 @@ class Trainer:
                 self.captured_evaluation = CapturedStep(self.evaluation, batch, self.recorder)
         return choose_step(self.step, inputs, recorder=self.recorder, compile=self.compile and first)
 
-    def _train_epoch(self, step: Callable[..., None], display: Display, stop: StopRequest) -> bool:
-        """Train for the rest of the current epoch. Returns False if it was stopped before the end."""
+    def _train_epoch(self, step: Callable[..., None], display: Display, stop: StopRequest) -> int:
+        """Train for the rest of the current epoch. Returns the number of the signal that stopped it early, or 0."""
         progress, interval = self.progress, self.recipe.train.log_interval
         started = saved = time.perf_counter()
         interval_steps, waited = 0, 0.0
@@ -193,17 +202,33 @@ class Trainer:
                     started += time.perf_counter() - aside
                 minutes = self.recipe.train.checkpoint_minutes
                 checkpoint_due = minutes > 0 and time.perf_counter() - saved > 60 * minutes
-                stopping = stop.signal != 0  # read once: a signal may come between any two lines
                 last = progress.batch == self.steps_per_epoch
+                # Read once: a signal may come between any two lines.
+                stopping, checkpoint_due = self._agreed(stop.signal, checkpoint_due, last)
                 if interval_steps == interval or last or stopping or checkpoint_due:
                     started = self._record_interval(display, started, waited)
                     interval_steps, waited = 0, 0.0
                 if stopping:  # also at the end of an epoch: an evaluation may take long
-                    return False
+                    return stopping
                 if checkpoint_due and not last:
                     self.save()
                     saved = started = time.perf_counter()
-        return True
+        return 0
+
+    def _agreed(self, signal: int, checkpoint_due: bool, last: bool) -> tuple[int, bool]:
+        """What all processes do after this step: stop for a signal that any of them got, save if that is due in any.
+
+        On a GPU they ask each other only now and then, because the host runs ahead of the device otherwise.
+        """
+        if (
+            self.execution.device.type == "cuda"
+            and self.ranks.size > 1
+            and self.progress.batch % ASK_EVERY
+            and not last
+        ):
+            return 0, False
+        signal, due = self.ranks.most(signal, checkpoint_due)
+        return signal, bool(due)
 
     def _finish_epoch(self, display: Display) -> None:
         """Evaluate if that is due, record the epoch, and keep the best checkpoint."""
@@ -243,7 +268,7 @@ class Trainer:
         if improved:
             self.best = {"accuracy": accuracy, "epoch": self.progress.epoch}
         self.save()
-        if improved:
+        if improved and self.ranks.is_main:
             copy_best(self.out)
 
     def evaluate(self) -> dict[str, Evaluation]:
@@ -268,6 +293,7 @@ class Trainer:
                 "device": self.execution.device.type,
                 "precision": self.execution.precision,
                 "threads": self.execution.threads,
+                "processes": self.ranks.size,
                 "graph": self.graph,
                 "compiled": self.compile,
                 "resumed": self.resumed,
@@ -316,6 +342,8 @@ class Trainer:
         return now
 
     def _log(self, record: dict[str, Any]) -> None:
+        if not self.ranks.is_main:
+            return
         self.log.append(record)
         self.watch(record)
 
@@ -357,6 +385,8 @@ class Trainer:
         """Write the checkpoint and, once an epoch is done, the weights to use. Refuses weights that are not finite."""
         started = time.perf_counter()
         self._check_weights()
+        if not self.ranks.is_main:
+            return
         self.log.sync()  # first: a resume counts on the records of what is done
         save_checkpoint(self.out / CHECKPOINT_FILE, self._state())
         if self.progress.batch == 0:
@@ -385,6 +415,9 @@ class Trainer:
         torch.set_rng_state(state["rng"]["cpu"])
         if self.execution.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
+        self.resumed = True
+        if not self.ranks.is_main:
+            return
         self.log.path.touch()  # where it was lost, what follows is still a log
         self.log.truncate_after(self.steps_done)
         self.log.check()
@@ -392,10 +425,9 @@ class Trainer:
         evaluated = [n for n in range(1, self.progress.epoch + 1) if n % train.evaluate_every == 0 or n == train.epochs]
         if lost := lost_records(self.log, step=self.steps_done, interval=train.log_interval, evaluated=evaluated):
             self.say(f"{self.log.path}: records are lost ({lost}); the report and the curves leave them out")
-        if changed := what_changed(self.log, self.execution):
+        if changed := what_changed(self.log, self.execution, self.ranks.size):
             self.say(f"resumed otherwise than before ({changed}): the run goes on, not bit for bit as without a stop")
         self._renew()
-        self.resumed = True
 
     @property
     def _result_model(self) -> torch.nn.Module:
@@ -403,6 +435,8 @@ class Trainer:
 
     def _renew(self) -> None:
         """Make what lies beside the checkpoint agree with it."""
+        if not self.ranks.is_main:
+            return
         renew(
             self.out,
             recipe=self.recipe,

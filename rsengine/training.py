@@ -21,6 +21,8 @@ from rsengine.engine.evaluation import Evaluation
 from rsengine.engine.graph import explain_step
 from rsengine.kernels import explain
 from rsengine.output import speaker
+from rsengine.parallel.launch import bind_to_cores
+from rsengine.parallel.ranks import Ranks, join
 from rsengine.run.checkpoint import load_checkpoint
 from rsengine.run.files import (
     BEST_FILE,
@@ -132,29 +134,41 @@ def train(request: Request, say: Callable[[str], None] = say_aloud) -> Outcome:
     Raises:
         UserError: what cannot be done, in one line with the remedy.
     """
+    bind_to_cores()
+    ranks = join(request.device)
+    if not ranks.is_main:
+        request, say = replace(request, track=(), bar=False), speaker(quiet=True, json=False)
     with contextlib.ExitStack() as held:  # the run folder, from the moment it is known
-        return _train(request, say, held)
+        outcome = ranks.run(lambda: _train(request, say, held, ranks))
+    ranks.leave()  # not after an error: it would wait for processes that have ended
+    return outcome
 
 
-def _train(request: Request, say: Callable[[str], None], held: contextlib.ExitStack) -> Outcome:
+def _train(request: Request, say: Callable[[str], None], held: contextlib.ExitStack, ranks: Ranks) -> Outcome:
     check_trackers(request.track)
+    request = _after_restart(request, ranks, say)
     initial = initial_of(request)
     recipe = recipe_of(request, "quickstart", initial)
     out = request.out
-    if request.resume and out is None and request.recipe:
-        out = latest_run(recipe.name)
-    if out is not None and request.resume:
-        _saved(request, out)  # once now, before data are converted in vain
-    elif out is not None:
-        _check_free(out)
-    dataset = of_one_size(find_dataset(request.data, fallback_digits=request.or_digits, log=say))
+    if ranks.is_main:
+        if request.resume and out is None and request.recipe:
+            out = latest_run(recipe.name)
+        if out is not None and request.resume:
+            _saved(request, out)  # once now, before data are converted in vain
+        elif out is not None:
+            _check_free(out)
+    out = ranks.from_main(out)
+    with ranks.in_turn():
+        dataset = of_one_size(find_dataset(request.data, fallback_digits=request.or_digits, log=say))
     if not (request.resume and out):
         recipe = recipe_for(request, dataset, recipe, initial, say)
     state, origin = None, initial.origin() if initial else None
     if request.resume:
-        out = out or latest_run(recipe.name)
-        held.enter_context(locked(out, say))
-        state, recipe = _saved(request, out)
+        if ranks.is_main:
+            out = out or latest_run(recipe.name)
+            held.enter_context(locked(out, say))
+            state, recipe = _saved(request, out)
+        out, state, recipe = ranks.from_main((out, state, recipe))
         origin = origin_of(state, out)
     dataset = normalised_as(dataset, origin)
 
@@ -170,14 +184,19 @@ def _train(request: Request, say: Callable[[str], None], held: contextlib.ExitSt
         say=say,
         bar=request.bar,
         started=request.started,
+        ranks=ranks,
     )
     if state is not None:
         trainer.restore(state)
-    else:
-        if initial is not None:
-            trainer.start_from(initial)
-        out = _begin(trainer, out, held, say)
-    remove_leftovers(out)
+    elif initial is not None:
+        trainer.start_from(initial)
+    if ranks.is_main:
+        if state is None:
+            out = _begin(trainer, out, held, say)
+        ranks.remember("folder", str(out))
+        remove_leftovers(out)
+    out = ranks.from_main(out)
+    trainer.set_folder(out)
     tracking = open_tracking(request.track, out, recipe, dataset, trainer.steps_done, say)
     held.callback(tracking.close)
     trainer.watch = tracking.record
@@ -191,19 +210,31 @@ def _train(request: Request, say: Callable[[str], None], held: contextlib.ExitSt
         say(f"stopped after {where}; everything is saved. Go on with: {resume}")
     elif not trainer.result:
         trainer.evaluate()  # the run had ended before it was resumed
-    write_records(
-        out,
-        recipe=recipe,
-        dataset=dataset,
-        execution=execution,
-        model=trainer.step.model,
-        result=trainer.result,
-        say=say,
-        origin=trainer.origin,
-    )
+    if ranks.is_main:
+        write_records(
+            out,
+            recipe=recipe,
+            dataset=dataset,
+            execution=execution,
+            model=trainer.step.model,
+            result=trainer.result,
+            say=say,
+            origin=trainer.origin,
+        )
     outcome = Outcome(out, recipe, dataset, stopped, trainer.result, trainer.progress.epoch, trainer.progress.seconds)
     tracking.finish(outcome.summary(), trainer)
     return outcome
+
+
+def _after_restart(request: Request, ranks: Ranks, say: Callable[[str], None]) -> Request:
+    """``request``, or where torchrun's agent has started the processes again, one that goes on with their run."""
+    if not ranks.attempt:
+        return request
+    folder = ranks.remembered("folder") if request.out is None else str(request.out)
+    saved = ranks.from_main(folder is not None and (Path(folder) / CHECKPOINT_FILE).is_file())
+    where = f"with the checkpoint in {folder}" if saved else "anew, because there is no checkpoint yet"
+    say(f"started again by torchrun, attempt {ranks.attempt + 1}: the run goes on {where}")
+    return replace(request, out=Path(folder) if folder else None, resume=saved, init=None if saved else request.init)
 
 
 def resume_command(request: Request, out: Path) -> str:
@@ -275,7 +306,11 @@ def announce(trainer: Trainer, dataset: Dataset, steps: str, say: Callable[[str]
     height, width = dataset.image_size
     counts = f"{dataset.train_count:,} train and {dataset.test_count:,} test images"
     say(f"data: {dataset.name}, {counts}, {height}x{width}; {trainer.batches.reason}")
-    say(f"compute: {execution.reason}; channels_last; {execution.threads} threads; {steps}")
+    ranks, threads = trainer.ranks, f"{execution.threads} thread{'s' * (execution.threads != 1)}"
+    if ranks.size > 1:
+        rule = recipe.train.batch_norm
+        threads = f"{ranks.size} processes through {ranks.backend}, {threads} each, batch norm {rule}"
+    say(f"compute: {execution.reason}; channels_last; {threads}; {steps}")
     if execution.device.type == "cpu":
         say(f"layers: {explain('batch_norm', 'cpu')}")
     say(f"run: {recipe.name}, {recipe.train.epochs} epochs of {trainer.steps_per_epoch} steps, into {trainer.out}")

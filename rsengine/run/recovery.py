@@ -96,13 +96,13 @@ def lost_records(log: RunLog, *, step: int, interval: int, evaluated: Sequence[i
     return ", ".join(lost[:MOST_NAMED]) + f" and {len(lost) - MOST_NAMED} more" * (len(lost) > MOST_NAMED)
 
 
-def what_changed(log: RunLog, execution: Execution) -> str:
-    """How this process differs from the last one that worked on the run so that sums are rounded in another order or
-    to another precision; or nothing."""
+def what_changed(log: RunLog, execution: Execution, processes: int) -> str:
+    """How this process, one of ``processes``, differs from the last one that worked on the run so that sums are rounded
+    in another order or to another precision; or nothing."""
     starts = log.records(START)
-    now = {"device": execution.device.type, "precision": execution.precision}
+    now = {"device": execution.device.type, "precision": execution.precision, "processes": processes}
     if execution.device.type == "cpu":
         now["threads"] = execution.threads
-    before = starts[-1] if starts else {}
+    before = {"processes": 1} | starts[-1] if starts else {}  # older records say nothing of processes
     changed = [name for name, value in now.items() if before.get(name, value) != value]
     return ", ".join(f"{name} {before[name]}, now {now[name]}" for name in changed)
