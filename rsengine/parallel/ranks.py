@@ -96,9 +96,13 @@ class Ranks:
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add the other processes' ``tensor`` to this one's, in place. It is contiguous. All get the same bits."""
-        if self.size > 1:
-            torch.ops._c10d_functional.all_reduce_(tensor, "sum", _group_name())
-            torch.ops._c10d_functional.wait_tensor(tensor)
+        if self.size == 1:
+            return tensor
+        if torch.compiler.is_compiling():  # which has no form without side effects for the operator below
+            whole = torch.ops._c10d_functional.all_reduce(tensor, "sum", _group_name())
+            return tensor.copy_(torch.ops._c10d_functional.wait_tensor(whole))
+        torch.ops._c10d_functional.all_reduce_(tensor, "sum", _group_name())
+        torch.ops._c10d_functional.wait_tensor(tensor)
         return tensor
 
     def gathered(self, tensor: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def network():
     return resnet_rs(blocks=(1, 2), num_classes=5, stem_width=8, width_multiplier=0.125, dropout=0.0)
 
 
-def step(ranks, build, images, labels):
+def step(ranks, build, images, labels, compiled=False):
     """Output of this process's part; buffers and summed gradients of a loss that is the mean over the whole batch."""
     model = build().double().to(memory_format=torch.channels_last).train()
     for module in model.modules():
@@ -104,7 +104,7 @@ def step(ranks, build, images, labels):
             nn.init.normal_(module.weight), nn.init.normal_(module.bias)  # no branch whose scale is zero
     use_sync_batch_norm(model, ranks)
     x = ranks.part(images).contiguous(memory_format=torch.channels_last).requires_grad_()
-    y = model(x)
+    y = (torch.compile(model, backend="aot_eager") if compiled else model)(x)
     F.cross_entropy(y.flatten(2).mean(2) if y.dim() == 4 else y, ranks.part(labels), reduction="sum").div(
         len(labels)
     ).backward()
@@ -191,13 +191,18 @@ def test_a_map_that_needs_no_gradient_gets_none(run):
         torch.testing.assert_close(value, truth[name], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("build", [block, network], ids=lambda build: build.__name__)
-@pytest.mark.parametrize("count", [2, 3])
-def test_a_step_of_a_network_is_that_of_one_process(run, count, build):
+@pytest.mark.parametrize(
+    ("count", "build", "compiled"),
+    [
+        *((n, build, False) for n in (2, 3) for build in (block, network)),
+        pytest.param(2, network, True, marks=pytest.mark.thorough),
+    ],
+)
+def test_a_step_of_a_network_is_that_of_one_process(run, count, build, compiled):
     channels, classes = (12, 32) if build is block else (3, 5)
     images = numbers((12, channels, 16, 16), 5, torch.float64) + torch.arange(12).view(-1, 1, 1, 1) % 5
     labels = torch.arange(12) % classes
-    found = joined(run[count](step, build, images, labels))
+    found = joined(run[count](step, build, images, labels, compiled))
     truth = step(ALONE, build, images, labels)
     assert found.keys() == truth.keys()
     assert {int(value) for name, value in found.items() if name.endswith("num_batches_tracked")} == {1}
