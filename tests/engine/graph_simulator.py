@@ -103,6 +103,8 @@ class _Tape(TorchDispatchMode):
             if func.overloadpacket.__name__ in UNWRITTEN:
                 continue  # what the replay before left there
             for recorded, now in zip(outputs, _tensors(func(*args, **kwargs)), strict=True):
+                if func.namespace == "_c10d_functional":
+                    torch.ops._c10d_functional.wait_tensor(now)  # on a GPU the stream waits
                 if recorded is not None:
                     recorded.copy_(now)
 

@@ -8,6 +8,7 @@ from rsengine.config import Recipe
 from rsengine.device import Execution
 from rsengine.engine.build import build_evaluation, build_step
 from rsengine.engine.graph import CapturedStep
+from rsengine.kernels.dispatch import eager_only
 from rsengine.parallel.ranks import ALONE
 from tests.engine.graph_simulator import ReplayRecorder
 from tests.parallel.processes import processes
@@ -217,12 +218,13 @@ def plain_and_replayed(ranks):
     """The state after six plain steps, and after a warm-up, a capture and six replays."""
     batch = next(whole_batches(1))
     found = []
-    for captured in (False, True):
+    for captured in (False, True):  # eagerly: passes in C are no operators that could be recorded
         step, _ = made(ranks, [*DRAWS, "train.batch_norm=sync"])
         inputs = [ranks.part(each).clone() for each in batch]
-        call = CapturedStep(step, [torch.zeros_like(each) for each in inputs], ReplayRecorder()) if captured else step
-        for images, labels in whole_batches(6):
-            call(ranks.part(images).contiguous(), ranks.part(labels).contiguous())
+        with eager_only():
+            call = CapturedStep(step, inputs, ReplayRecorder()) if captured else step
+            for images, labels in whole_batches(6):
+                call(ranks.part(images).contiguous(), ranks.part(labels).contiguous())
         found.append(step.state_tensors())
     return found
 
