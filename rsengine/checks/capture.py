@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rsengine.checks.fake_device import NAME, fake_tensors
@@ -34,6 +35,7 @@ from rsengine.engine.step import TrainStep, image_sizes
 from rsengine.engine.update import Update
 from rsengine.input.resident import ResidentData
 from rsengine.kernels.dispatch import assume_triton
+from rsengine.parallel.ranks import ALONE, Ranks
 
 STEPS = 3
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)  # arbitrary: they do not change a step
@@ -78,10 +80,30 @@ def tracing() -> Iterator[torch.device]:
         log.disabled = before
 
 
-def check_recipe(recipe: Recipe, image_size: tuple[int, int] = (32, 32), num_classes: int = 10) -> dict[str, Report]:
+@contextlib.contextmanager
+def fake_group(processes: int) -> Iterator[Ranks]:
+    """In this block this process is one of ``processes``, which exchange nothing: the operators are called, no more."""
+    if processes == 1:
+        yield ALONE
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
+    try:
+        yield Ranks(0, processes, 0, processes, "fake")
+    finally:
+        dist.destroy_process_group()
+
+
+def check_recipe(
+    recipe: Recipe, image_size: tuple[int, int] = (32, 32), num_classes: int = 10, ranks: Ranks = ALONE
+) -> dict[str, Report]:
     """Check the training step of a recipe at each image size it trains at, and the evaluation step.
 
     Model, options and batch sizes are the recipe's, in bfloat16 unless it asks for float32.
+
+    Args:
+        ranks: the processes that share a batch, as :func:`fake_group` gives them.
 
     Returns:
         A report for each step, by name; the name includes the image size if that is not the data set's.
@@ -92,7 +114,7 @@ def check_recipe(recipe: Recipe, image_size: tuple[int, int] = (32, 32), num_cla
     reports = {}
     for size in dict.fromkeys(image_sizes(recipe, image_size)):
         with tracing() as device:
-            step, inputs = trace_step(recipe, device, image_size, num_classes)
+            step, inputs = trace_step(recipe, device, image_size, num_classes, ranks)
             step.image_size = size
             name = "training step" if size is None else f"training step at {size[0]}x{size[1]}"
             reports[name] = check_step(step, inputs)
@@ -109,6 +131,7 @@ def trace_step(
     device: torch.device,
     image_size: tuple[int, int] = (32, 32),
     num_classes: int = 10,
+    ranks: Ranks = ALONE,
 ) -> tuple[TrainStep, tuple[Tensor, ...]]:
     """The step of a recipe as it would be captured, and its static inputs; to be called inside :func:`tracing`."""
     train = recipe.train
@@ -119,10 +142,11 @@ def trace_step(
     execution = Execution(device, torch.bfloat16 if bf16 else None, 1, "as on a GPU with bfloat16 matrix units")
     images = max(TRAIN_IMAGES, train.batch_size)
     steps_per_epoch = images // train.batch_size
-    inputs, resident = static_batch(train.batch_size, image_size, device), None
+    inputs = static_batch(ranks.share_of(train.batch_size, "train.batch_size"), image_size, device)
+    resident = None
     if train.loader == "resident":
         data = static_batch(images, image_size, device)
-        inputs, resident = (), ResidentData(recipe, *data, MEAN, STD, execution, steps_per_epoch)
+        inputs, resident = (), ResidentData(recipe, *data, MEAN, STD, execution, steps_per_epoch, ranks)
     step = build_step(
         recipe,
         num_classes,
@@ -132,6 +156,7 @@ def trace_step(
         steps_per_epoch,
         resident=resident,
         model=model,
+        ranks=ranks,
     )
     step.image_size = image_sizes(recipe, image_size)[0]
     return step, inputs

@@ -12,8 +12,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from rsengine.checks.capture import check_step, tracing
+from rsengine.checks.capture import check_recipe, check_step, tracing
 from rsengine.checks.findings import SEQUENCE, SYNCHRONISATION
+from rsengine.config import load_recipe
 from rsengine.model import resnet_rs
 from rsengine.model.layers import BatchNorm, use_sync_batch_norm
 from rsengine.parallel.ranks import Ranks
@@ -122,3 +123,22 @@ def test_what_torch_distributed_sends_is_no_change(elsewhere):
 def test_what_a_replay_would_not_repeat_is_found(elsewhere, kind, expected):
     text, kinds, _, _ = elsewhere(check, kind)
     assert kinds == [expected], text
+
+
+def found_in_recipe(*settings):
+    """What the check finds in the steps of quickstart, and which collectives the training step calls, how often."""
+    reports = check_recipe(load_recipe("quickstart").with_settings(settings), ranks=Ranks(1, 2, 1, 2, "fake"))
+    names = [operation.name for operation in reports["training step"].operations]
+    return [str(f) for report in reports.values() for f in report.findings], names.count(SUM), names.count(GATHER)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sums", "gathers"),
+    [
+        ([], 3, 0),  # of the gradients of copies in bfloat16 and of the rest, and of the running averages
+        (["train.all_reduce=bf16", "train.micro_batches=2", "train.loader=resident"], 2, 0),
+        (["augment.mixup_alpha=0.2"], 3, 2),  # of images and labels
+    ],
+)
+def test_the_steps_of_a_recipe_can_be_captured(elsewhere, settings, sums, gathers):
+    assert elsewhere(found_in_recipe, *settings) == ([], sums, gathers)
