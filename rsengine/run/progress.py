@@ -99,6 +99,8 @@ class Display:
             + f"; {record['images_per_second']:.0f} images/s, {duration(record['seconds'])} so far"
         )
         self.line(line)
+        if record["epoch"] < self.epochs:
+            self.bar.set_description(f"epoch {record['epoch'] + 1}/{self.epochs}", refresh=False)
 
     def line(self, line: str) -> None:
         """Print ``line`` above the progress bar, if there is one."""

@@ -59,6 +59,15 @@ def test_lines_go_where_they_are_said_while_there_is_a_bar(capsys):
     assert said == ["epoch 1/3: done"] and not capsys.readouterr().out
 
 
+def test_the_bar_names_the_epoch_under_way(capsys):
+    record = RECORD | {"epoch": 1, "test_accuracy": 0.5, "test_accuracy_ema": None, "seconds": 1.0}
+    with contextlib.closing(Display(30, 0, 3, 100, lambda _line: None, bar=True)) as display:
+        display.epoch(record)
+        assert display.bar.desc.startswith("epoch 2/3")
+        display.epoch(record | {"epoch": 3})
+        assert display.bar.desc.startswith("epoch 2/3")  # none comes after it
+
+
 def test_signals_stay_as_they_are_in_other_threads():
     found = []
 
