@@ -35,7 +35,7 @@ from rsengine.data.sources.choice import ORDERS, in_order, with_classes, with_su
 from rsengine.data.sources.open import open_source
 from rsengine.data.sources.tree import digest_of_list
 from rsengine.data.staging import staged_folder
-from rsengine.output import patient_output, program
+from rsengine.output import counted, patient_output, program
 from rsengine.processor import usable_cpus
 
 PACKAGES = ("rsengine", "numpy", "pillow")
@@ -271,8 +271,8 @@ def summary(dataset: Dataset, seconds: float) -> str:
     size = "sizes differ" if dataset.image_size is None else f"{dataset.image_size[1]}×{dataset.image_size[0]}"
     mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (dataset.mean, dataset.std))
     first = (
-        f"{dataset.name}: {dataset.train_count} training and {dataset.test_count} test images, "
-        f"{len(dataset.classes)} classes, {size}, mean ({mean}), std ({std}), {seconds:.1f} s"
+        f"{dataset.name}: {dataset.train_count} training and {counted(dataset.test_count, 'test image')}, "
+        f"{counted(len(dataset.classes), 'class', 'classes')}, {size}, mean ({mean}), std ({std}), {seconds:.1f} s"
     )
     if dataset.image_size is None:
         return f"{first}\nTraining needs one size: convert again with --size N"

@@ -24,6 +24,7 @@ from rsengine.data.sources.open import DIGITS, is_named, place_of, source_name
 from rsengine.data.sources.torchvision_sets import PREFIX, fetch
 from rsengine.data.sources.tree import walk
 from rsengine.data.staging import put_back
+from rsengine.output import counted
 from rsengine.temporaries import remove_abandoned, remove_folders, temporary_folder
 
 VARIABLE = "RSENGINE_DATA"
@@ -151,7 +152,7 @@ def _open(what: str | Path, log: Callable[[str], None], conversion: bool = True)
             source = known
             if (source / DESCRIPTION).is_file():
                 dataset = load_dataset(source)
-                log(f"data: {dataset.name} in {source}, {dataset.train_count} + {dataset.test_count} images")
+                log(f"data: {dataset.name} in {source}, {dataset.train_count} + {counted(dataset.test_count, 'image')}")
                 return dataset
     return _converted(source, log, conversion)
 

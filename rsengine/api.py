@@ -23,7 +23,7 @@ import numpy as np
 from rsengine.cache import keep_compiled_code
 from rsengine.config import Recipe
 from rsengine.data.errors import UserError
-from rsengine.output import speaker
+from rsengine.output import counted, speaker
 from rsengine.run.files import METRICS_FILE, RECIPE_FILE
 from rsengine.run.log import EPOCH, INTERVAL, START, RunLog, accuracy
 
@@ -257,7 +257,7 @@ class Model:
 
     def __repr__(self) -> str:
         height, width = self.image_size
-        return f"<Model {self.path}: {len(self.classes)} classes, {height}x{width} pixels>"
+        return f"<Model {self.path}: {counted(len(self.classes), 'class', 'classes')}, {height}x{width} pixels>"
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from rsengine.cache import cache_folder
 from rsengine.data.errors import UserError
 from rsengine.errors import run_command
-from rsengine.output import program
+from rsengine.output import counted, program
 from rsengine.run.machine import machine
 
 GOOD, OPTIONAL, WRONG = "ok", "--", "!!"
@@ -77,7 +77,7 @@ def examine() -> list[Finding]:
     """Look at everything, the needed packages first: without them, what depends on them is left out."""
     here = machine()
     memory = f", {here['ram_gib']:.1f} GiB" if here["ram_gib"] else ""
-    cores = f"{here['logical_cores']} logical cores"
+    cores = counted(here["logical_cores"], "logical core")
     findings = [
         Finding("machine", GOOD, f"{here['processor']}, {cores}{memory}, {here['os']}, {here['python']}"),
         _cache(),
@@ -134,7 +134,7 @@ def _device() -> Finding:
     from rsengine.device import choose_execution
 
     execution = choose_execution()
-    return Finding("device", GOOD, f"{execution.reason}; {execution.threads} threads")
+    return Finding("device", GOOD, f"{execution.reason}; {counted(execution.threads, 'thread')}")
 
 
 def _gpu() -> Finding:

@@ -21,7 +21,7 @@ from rsengine.engine.predictions import Predictions, joined, one_batch
 from rsengine.errors import SettingsError, run_command
 from rsengine.export import Classifier, load_classifier
 from rsengine.input.choose import choose_loader
-from rsengine.output import escaped, program
+from rsengine.output import counted, escaped, program
 from rsengine.run.weights import WeightsError
 
 BATCH = 500
@@ -107,7 +107,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         how += f" (at {arguments.size}x{arguments.size})"
     count = len(result.predictions.labels)
     print(
-        f"{dataset.name}: accuracy {result.accuracy:.2%}{how}, cross-entropy {result.loss:.4f} on {count:,} test images"
+        f"{dataset.name}: accuracy {result.accuracy:.2%}{how}, cross-entropy {result.loss:.4f} on "
+        f"{counted(count, 'test image')}"
     )
     print(
         f"calibration: ECE {calibration.ece:.4f} ({len(calibration.counts)} bins), Brier score {calibration.brier:.4f}"

@@ -28,6 +28,11 @@ def escaped(text: object) -> str:
     return _NO_TEXT.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """``number`` with its noun: ``1 epoch``, ``1,438 images``. ``plural``: where it is not the noun with an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def program(command: str) -> str:
     """How ``command`` was started, for its usage line: by the console script or by its module."""
     started = Path(sys.argv[0])

@@ -19,6 +19,7 @@ from rsengine.data.sources.open import DIGITS
 from rsengine.device import Execution
 from rsengine.engine.graph import explain_step
 from rsengine.kernels import explain
+from rsengine.output import counted
 from rsengine.run.folder import RUNS
 from rsengine.run.initial import Initial, normalised_as
 from rsengine.run.progress import duration
@@ -72,7 +73,7 @@ class Plan:
         lines += [f"loader: {self.loader or unknown}", *(f"kernel: {line}" for line in self.kernels)]
         if self.seconds is None:
             return "\n".join([*lines, f"time: {unknown}"])
-        run = f"{self.recipe.train.epochs} epochs of {self.steps} steps"
+        run = f"{counted(self.recipe.train.epochs, 'epoch')} of {counted(self.steps, 'step')}"
         return "\n".join([*lines, f"time: about {duration(self.seconds)} for {run} ({self.measured})"])
 
 
@@ -122,17 +123,17 @@ def _measured(
     work = sum(size[0] * size[1] / (height * width) if size else 1.0 for size in trainer.image_sizes)
     evaluations = -(-recipe.train.epochs // recipe.train.evaluate_every)
     seconds = work * trainer.steps_per_epoch * step_seconds + evaluations * dataset.test_count * image_seconds
-    counts = f"{dataset.train_count:,} train and {dataset.test_count:,} test images"
+    counts = f"{dataset.train_count:,} train and {counted(dataset.test_count, 'test image')}"
     plain = ", not compiled" * request.compile + ", outside a CUDA graph" * (execution.device.type == "cuda")
     return Plan(
         recipe,
-        f"{dataset.name}, {counts}, {height}x{width}, {len(dataset.classes)} classes",
+        f"{dataset.name}, {counts}, {height}x{width}, {counted(len(dataset.classes), 'class', 'classes')}",
         _device(request, execution),
         _kernels(execution),
         trainer.batches.reason,
         trainer.steps_per_epoch,
         seconds,
-        f"predicted from {steps} steps of {1000 * step_seconds:.1f} ms here, now{plain}",
+        f"predicted from {counted(steps, 'step')} of {1000 * step_seconds:.1f} ms here, now{plain}",
     )
 
 
@@ -170,7 +171,8 @@ def _now(trainer: Trainer) -> float:
 
 
 def _device(request: Request, execution: Execution) -> str:
-    return f"{execution.reason}; {execution.threads} threads; {explain_step(execution, request.graph, request.compile)}"
+    steps = explain_step(execution, request.graph, request.compile)
+    return f"{execution.reason}; {counted(execution.threads, 'thread')}; {steps}"
 
 
 def _kernels(execution: Execution) -> list[str]:

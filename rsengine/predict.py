@@ -14,7 +14,7 @@ from torch import Tensor
 from rsengine.data import DataError
 from rsengine.errors import SettingsError, run_command
 from rsengine.export import Classifier, load_classifier
-from rsengine.output import escaped, program
+from rsengine.output import counted, escaped, program
 from rsengine.run.pictures import Picture, pictures
 from rsengine.run.results import Labelled, best_of, results_file
 from rsengine.run.weights import Weights
@@ -87,7 +87,7 @@ def _predict(arguments: argparse.Namespace) -> int:
             read += len(batch)
             sys.stdout.flush()
     if arguments.out is not None:
-        print(f"wrote {escaped(arguments.out)}: {read:,} pictures")
+        print(f"wrote {escaped(arguments.out)}: {counted(read, 'picture')}")
     if labelled.images:
         for line in labelled.lines():
             print(line)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rsengine.errors import SettingsError
+from rsengine.output import counted
 
 SCHEDULES = ("cosine", "cosine_restarts", "multistep", "one_cycle", "constant")
 MOST_STEPS = 20_000_000  # of a run: each has an entry in tables of float64
@@ -56,13 +57,13 @@ def learning_rate_table(
         raise ValueError(f"epochs, steps_per_epoch: expected at least 1; got {epochs}, {steps_per_epoch}")
     total = epochs * steps_per_epoch
     if total > MOST_STEPS:
-        raise SettingsError(
-            f"train.epochs: {epochs:,} epochs of {steps_per_epoch:,} steps are more than {MOST_STEPS:,} steps; "
-            f"ask for fewer"
-        )
+        length = f"{counted(epochs, 'epoch')} of {counted(steps_per_epoch, 'step')}"
+        raise SettingsError(f"train.epochs: {length} are more than {MOST_STEPS:,} steps; ask for fewer")
     warmup = round(warmup_epochs * steps_per_epoch)
     if not 0 <= warmup < total:
-        raise SettingsError(f"warmup_epochs: expected fewer than the run's {epochs} epochs; got {warmup_epochs:g}")
+        raise SettingsError(
+            f"warmup_epochs: expected fewer than the run's {counted(epochs, 'epoch')}; got {warmup_epochs:g}"
+        )
 
     steps = np.arange(total - warmup, dtype=np.float64)
     progress = steps / (total - warmup)

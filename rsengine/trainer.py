@@ -22,6 +22,7 @@ from rsengine.engine.evaluation import Evaluation
 from rsengine.engine.graph import CapturedStep, CudaRecorder, choose_step, static_batch, uses_graph
 from rsengine.engine.step import image_sizes
 from rsengine.input.batches import open_batches
+from rsengine.output import counted
 from rsengine.parallel.ranks import ALONE, Ranks
 from rsengine.run.checkpoint import damaged, save_checkpoint
 from rsengine.run.files import CHECKPOINT_FILE
@@ -405,7 +406,7 @@ class Trainer:
             done = epoch * self.steps_per_epoch + saved["batch"].integer(0, last)
             if int(state["step"]["counter"]) != done:
                 raise saved["step"]["counter"].error(
-                    f"{done}, the steps in {epoch} epochs and {state['batch']} batches"
+                    f"{done}, the steps in {counted(epoch, 'epoch')} and {counted(state['batch'], 'batch', 'batches')}"
                 )
         except FieldError as error:
             raise damaged(path, error) from error

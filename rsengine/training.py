@@ -20,7 +20,7 @@ from rsengine.engine.compiler import check_compiler, compile_errors
 from rsengine.engine.evaluation import Evaluation
 from rsengine.engine.graph import explain_step
 from rsengine.kernels import explain
-from rsengine.output import speaker
+from rsengine.output import counted, speaker
 from rsengine.parallel.launch import bind_to_cores
 from rsengine.parallel.ranks import Ranks, join
 from rsengine.run.checkpoint import load_checkpoint
@@ -105,7 +105,7 @@ class Outcome:
         accuracy = self.result[self.weights].accuracy
         return (
             f"test accuracy {accuracy:.2%}{' (EMA)' if self.weights == 'ema' else ''} on {self.dataset.name} after "
-            f"{self.epochs} epochs, {duration(self.seconds)}. Report: {page if page.exists() else plain}"
+            f"{counted(self.epochs, 'epoch')}, {duration(self.seconds)}. Report: {page if page.exists() else plain}"
         )
 
     def summary(self) -> dict[str, Any]:
@@ -304,19 +304,20 @@ def announce(trainer: Trainer, dataset: Dataset, steps: str, say: Callable[[str]
     """Say what will be done, how, and why."""
     recipe, execution = trainer.recipe, trainer.execution
     height, width = dataset.image_size
-    counts = f"{dataset.train_count:,} train and {dataset.test_count:,} test images"
+    counts = f"{dataset.train_count:,} train and {counted(dataset.test_count, 'test image')}"
     say(f"data: {dataset.name}, {counts}, {height}x{width}; {trainer.batches.reason}")
-    ranks, threads = trainer.ranks, f"{execution.threads} thread{'s' * (execution.threads != 1)}"
+    ranks, threads = trainer.ranks, counted(execution.threads, "thread")
     if ranks.size > 1:
         rule = recipe.train.batch_norm
         threads = f"{ranks.size} processes through {ranks.backend}, {threads} each, batch norm {rule}"
     say(f"compute: {execution.reason}; channels_last; {threads}; {steps}")
     if execution.device.type == "cpu":
         say(f"layers: {explain('batch_norm', 'cpu')}")
-    say(f"run: {recipe.name}, {recipe.train.epochs} epochs of {trainer.steps_per_epoch} steps, into {trainer.out}")
+    length = f"{counted(recipe.train.epochs, 'epoch')} of {counted(trainer.steps_per_epoch, 'step')}"
+    say(f"run: {recipe.name}, {length}, into {trainer.out}")
     if recipe.train.frozen_parts:
         parts, trained = ", ".join(recipe.train.frozen_parts), sum(p.numel() for p in trainer.step.update.params)
-        say(f"frozen: {parts}, with batch norm in evaluation mode; {trained:,} parameters are trained")
+        say(f"frozen: {parts}, with batch norm in evaluation mode; {counted(trained, 'parameter')} trained")
         if trainer.origin is None:
             say("frozen: these parts keep their random weights; --init begins with weights that were trained")
     if trainer.resumed:

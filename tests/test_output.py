@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rsengine.output import escaped, patient_output
+from rsengine.output import counted, escaped, patient_output
 
 CODE = """
 import sys
@@ -72,6 +72,11 @@ def test_a_name_that_the_locale_cannot_write_is_an_error_with_the_remedy(tmp_pat
 
 def test_what_no_line_of_text_holds_is_escaped():
     assert escaped("a\nb\x1b[2J\u2028\x85caf\udce9 猫 قطة") == "a\\nb\\x1b[2J\\u2028\\x85caf\\udce9 猫 قطة"
+
+
+def test_one_thing_is_no_plural():
+    assert [counted(n, "epoch") for n in (0, 1, 2, 1438)] == ["0 epochs", "1 epoch", "2 epochs", "1,438 epochs"]
+    assert [counted(n, "batch", "batches") for n in (1, 2)] == ["1 batch", "2 batches"]
 
 
 def test_streams_that_are_not_the_process_s_own_stay(capsys):

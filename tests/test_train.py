@@ -295,10 +295,10 @@ REFUSALS = [
     (["--recipe", "quikstart"], "did you mean quickstart?"),
     (["--set", "train.epochz=3"], "did you mean train.epochs?"),
     (["--set", "schedule.warmup_epochs=3"], "warmup_epochs: expected fewer than the run's 3 epochs"),
-    (["--set", "train.batch_size=200"], "150 images do not fill one batch of 200; add --set train.batch_size=128"),
+    (["--set", "train.batch_size=200"], "150 images cannot fill one batch of 200; add --set train.batch_size=128"),
     (
         ["--set", "train.loader=resident", "--set", "train.batch_size=200"],
-        "150 images do not fill 1 batches of 200; add --set train.batch_size=128",
+        "150 images cannot fill 1 batch of 200; add --set train.batch_size=128",
     ),
     (["--resume", "--out", "nowhere"], "no checkpoint there; start the run without --resume"),
     (["--data", "nowhere"], "nowhere"),
@@ -310,6 +310,12 @@ def test_bad_input_is_one_line_and_exit_2(toy, capsys, arguments, words):
     assert toy(*arguments) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and words in error and "\n" not in error
+
+
+def test_one_epoch_of_one_step_is_no_plural(toy, capsys):
+    assert toy("--epochs", "1", "--limit-train-batches", "1") == 0
+    out = capsys.readouterr().out
+    assert "run: toy, 1 epoch of 1 step, into run" in out and "after 1 epoch, " in out
 
 
 def test_a_run_is_not_overwritten_and_its_recipe_and_data_cannot_change(toy, capsys, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from rsengine.data.sources.images import LARGEST_SIDE, ArraySplit, Split, is_pic
 from rsengine.data.sources.labels import named_or_numbered, whole_numbers
 from rsengine.data.sources.splits import TRAIN, placed, testing
 from rsengine.data.sources.tree import Tree
+from rsengine.output import counted
 
 SUFFIX, ZIPPED = ".npy", ".npz"
 IMAGES = frozenset({"images", "image", "imgs", "img", "x", "data", "pixels"})
@@ -137,7 +138,8 @@ def _read(tree: Tree, images: str, labels: str) -> ArraySplit:
     numbers = whole_numbers(numbers, tree.where(labels))
     if len(pixels) != len(numbers):
         raise DataError(
-            f"{tree.where(images)}: {len(pixels)} images, but {len(numbers)} labels in {labels}; save both again"
+            f"{tree.where(images)}: {counted(len(pixels), 'image')}, but {counted(len(numbers), 'label')} in {labels}; "
+            "save both again"
         )
     return ArraySplit(pixels, numbers, tree.where(images))
 

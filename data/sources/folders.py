@@ -14,6 +14,7 @@ from rsengine.data.sources.folder_splits import find_splits, refuse_splits_insid
 from rsengine.data.sources.images import EncodedSplit, Split, is_picture
 from rsengine.data.sources.splits import TEST, TRAIN, VALIDATION, indistinct, placed
 from rsengine.data.sources.tree import Tree
+from rsengine.output import counted
 
 DEEPEST_WRAPPER = 4
 
@@ -85,7 +86,7 @@ def _collect(tree: Tree, folder: str, log: Callable[[str], None]) -> tuple[tuple
             f"{tree.where(stray[0])}: lies outside the class folders{others}; move it into one or remove it"
         )
     if beside:
-        log(f"{tree.where(beside[0])}: ignored, with {len(beside) - 1} other files beside the class folders")
+        log(f"{tree.where(beside[0])}: ignored, with {counted(len(beside) - 1, 'other file')} beside the class folders")
     if len(folders) < 2:
         found = PurePosixPath(folders[0]).name if folders else "none"
         raise DataError(f"{tree.where(folder or '.')}: at least two class folders are needed, found {found}; add them")

@@ -18,6 +18,7 @@ from rsengine.data.sources.base import Source, set_aside
 from rsengine.data.sources.images import EncodedSplit, is_picture
 from rsengine.data.sources.splits import TRAIN, placed, split_column, split_of_row, testing
 from rsengine.data.sources.tree import Tree
+from rsengine.output import counted
 
 TABLES = (".csv", ".tsv")
 DELIMITERS = ",;\t|"
@@ -125,9 +126,9 @@ def open_tables(
     used = [by_split[split] for split in (TRAIN, test_split) if split is not None]
     classes = tuple(sorted({label for table in used for label in table.labels}))
     for table in used:
-        log(f"{tree.where(table.name)}: {len(table.files)} labels of {table.split}")
+        log(f"{tree.where(table.name)}: {counted(len(table.files), 'label')} of {table.split}")
     if left := {each for each in tree.files if is_picture(each)} - {each for table in tables for each in table.files}:
-        log(f"{tree.root}: leaving out {len(left)} pictures without a label, such as {min(left)}")
+        log(f"{tree.root}: leaving out {counted(len(left), 'picture')} without a label, such as {min(left)}")
     splits = [encoded(tree, table, classes) for table in used]
     if test_split is None:
         splits = list(set_aside(splits[0], used[0].files, test_fraction, seed, str(tree.root), log))
@@ -216,7 +217,9 @@ def _read(tree: Tree, name: str, label_column: str | None) -> list[Table] | str:
         raise DataError(f"{where}: not in UTF-8; save it in this encoding")
     for line, cells in rows[1:]:
         if len(cells) != len(header):
-            raise DataError(f"{where} line {line}: {len(cells)} cells, but {len(header)} in the first line; correct it")
+            raise DataError(
+                f"{where} line {line}: {counted(len(cells), 'cell')}, but {len(header)} in the first line; correct it"
+            )
     named = [(line, cells[file], cells[label].strip()) for line, cells in rows[1:]]
     if divided is None or place is None:
         return [resolved(tree, name, split, named, pictures)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rsengine.device import Execution, choose_execution
 from rsengine.model.preprocess import Preprocess
-from rsengine.output import escaped
+from rsengine.output import counted, escaped
 from rsengine.run.weights import Description, Weights, finite
 
 
@@ -74,4 +74,5 @@ class Classifier:
 
     def __str__(self) -> str:
         height, width = self.image_size
-        return f"{escaped(self.path)}, {self.kind}: {len(self.classes)} classes, images of {height}x{width}"
+        classes = counted(len(self.classes), "class", "classes")
+        return f"{escaped(self.path)}, {self.kind}: {classes}, images of {height}x{width}"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rsengine.data.beton.reader import BetonReader
 from rsengine.errors import LoaderError, smaller_batch
+from rsengine.output import counted
 from rsengine.parallel.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ class BetonLoader(ABC):
         self.part_size = batch_size // ranks.size  # images of a batch in this process
         count = len(self.reader)
         if len(self) == 0:
-            raise LoaderError(f"{path}: {count} images do not fill one batch of {batch_size}; {smaller_batch(count)}")
+            raise LoaderError(
+                f"{path}: {counted(count, 'image')} cannot fill one batch of {batch_size}; {smaller_batch(count)}"
+            )
         heights, widths = self.reader.heights, self.reader.widths
         self.image_size = int(heights[0]), int(widths[0])
         if (heights != heights[0]).any() or (widths != widths[0]).any():

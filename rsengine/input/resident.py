@@ -31,6 +31,7 @@ from rsengine.errors import SettingsError, smaller_batch
 from rsengine.input.choose import choose_loader
 from rsengine.input.loader import epoch_order
 from rsengine.model.preprocess import Preprocess
+from rsengine.output import counted
 from rsengine.parallel.ranks import ALONE, Ranks
 
 ORDER_LIMIT = 2**29  # bytes of the table of orders: 2,684 epochs of CIFAR's 50,000 images
@@ -168,14 +169,15 @@ def order_bytes(count: int, batch_size: int, epochs: int, steps_per_epoch: int) 
     """
     if not 1 <= steps_per_epoch <= count // batch_size:
         raise SettingsError(
-            f"train.batch_size: {count} images do not fill {max(steps_per_epoch, 1)} batches of {batch_size}; "
+            f"train.batch_size: {counted(count, 'image')} cannot fill "
+            f"{counted(max(steps_per_epoch, 1), 'batch', 'batches')} of {batch_size}; "
             f"{smaller_batch(count // max(steps_per_epoch, 1))}"
         )
     size = 4 * epochs * steps_per_epoch * batch_size
     if size > ORDER_LIMIT:
         raise SettingsError(
             f"train.loader: 'resident' keeps the order of every epoch on the device, at most {ORDER_LIMIT:,} bytes; "
-            f"{epochs} epochs of {steps_per_epoch * batch_size:,} images need {size:,}; "
+            f"{counted(epochs, 'epoch')} of {steps_per_epoch * batch_size:,} images need {size:,}; "
             "use fewer train.epochs or train.loader=auto"
         )
     return size

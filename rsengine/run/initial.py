@@ -20,6 +20,7 @@ from rsengine.checked import Field, FieldError
 from rsengine.config import ModelSection
 from rsengine.data import Dataset
 from rsengine.model import DEPTHS, HEAD
+from rsengine.output import counted
 from rsengine.run.checkpoint import damaged
 from rsengine.run.files import CHECKPOINT_FILE
 from rsengine.run.foreign import (
@@ -105,7 +106,11 @@ class Initial:
                 f"--init {self.path}: does not fit the network ({'; '.join(faults)}); leave out --recipe, and settings "
                 f"of [model], to take the network of the weights, or give other weights"
             )
-        head = f"a new classifier for {len(classes)} classes, because {reason}" if reason else "the classifier too"
+        head = (
+            f"a new classifier for {counted(len(classes), 'class', 'classes')}, because {reason}"
+            if reason
+            else "the classifier too"
+        )
         pixels = "of these weights" if self.mean is not None else "of the data, because the file has none"
         say(
             f"init: {self.path}, sha256 {self.sha256[:8]}…; weights and batch-norm averages, {head}; pixels are "

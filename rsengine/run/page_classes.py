@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from rsengine.engine.predictions import Calibration
+from rsengine.output import counted
 from rsengine.run.formats import NONE, count, fixed, percent
 from rsengine.run.mistakes import Mistake
 from rsengine.run.page import Markup, details, image_tag, note, picture, scrolled, shortened, table, tag
@@ -160,7 +161,7 @@ def _diagram(found: Calibration) -> Markup:
         accuracy, confidence = found.accuracy[i], found.confidence[i]
         low, high = sorted((accuracy, confidence))
         box = {"x": f"{left + side * i / size + 1:.1f}", "width": f"{side / size - 2:.1f}"}
-        words = f"{images:,} images: confidence {percent(confidence)}, accuracy {percent(accuracy)}"
+        words = f"{counted(images, 'image')}: confidence {percent(confidence)}, accuracy {percent(accuracy)}"
         bars = [
             tag("rect", class_="bar", y=f"{y(accuracy):.1f}", height=f"{side * accuracy:.1f}", **box),
             tag("rect", class_="gap", y=f"{y(high):.1f}", height=f"{side * (high - low):.1f}", **box),

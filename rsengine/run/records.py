@@ -11,6 +11,7 @@ from rsengine.data import Dataset
 from rsengine.device import Execution
 from rsengine.engine.evaluation import Evaluation
 from rsengine.model import ResNetRS
+from rsengine.output import counted
 from rsengine.run import plots
 from rsengine.run.augmented import draw_augmented
 from rsengine.run.files import AUGMENTED_FILE, CONFUSION_FILE, CURVES_FILE, PAGE_FILE
@@ -64,7 +65,7 @@ def write_records(
     given = " --init WEIGHTS" * (origin is not None)
     train = f"python -m rsengine.train --recipe recipe.toml{given} --data SOURCE"
     notes = [
-        f"{execution.reason}; {execution.threads} threads",
+        f"{execution.reason}; {counted(execution.threads, 'thread')}",
         "The losses of training and test are both with the recipe's label smoothing",
         *([] if origin is None else [f"Began with the weights in `{origin['path']}`, sha256 `{origin['sha256']}`"]),
     ]
@@ -107,6 +108,7 @@ def write_records(
 def _dataset_line(dataset: Dataset) -> str:
     height, width = dataset.image_size
     return (
-        f"{dataset.name} ({dataset.source}), {dataset.train_count:,} training and {dataset.test_count:,} test images "
+        f"{dataset.name} ({dataset.source}), {dataset.train_count:,} training and "
+        f"{counted(dataset.test_count, 'test image')} "
         f"of {height}×{width} pixels in {len(dataset.classes)} classes"
     )

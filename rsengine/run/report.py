@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rsengine.output import counted
 from rsengine.run.files import AUGMENTED_FILE, CONFUSION_FILE, CURVES_FILE, METRICS_FILE, REPORT_FILE, write_atomically
 from rsengine.run.formats import NONE, count, fixed, known, percent, significant
 from rsengine.run.log import EPOCH, INTERVAL, START, RunLog, accuracy
@@ -159,7 +160,7 @@ def speed_rows(
     times = "once" if len(resumed) == 1 else f"{len(resumed)} times"
     rows.append(("Resumed", f"{times}, at step {', '.join(resumed)}" if resumed else "no"))
     last = starts[-1]
-    rows.append(("Ran on", f"{last['device']}, {last['precision']}, {last['threads']} threads"))
+    rows.append(("Ran on", f"{last['device']}, {last['precision']}, {counted(last['threads'], 'thread')}"))
     return rows
 
 

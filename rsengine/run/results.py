@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rsengine.errors import SettingsError
-from rsengine.output import escaped
+from rsengine.output import counted, escaped
 from rsengine.run import plots
 from rsengine.run.files import CONFUSION_FILE, atomic_path, writing
 from rsengine.run.lettering import labels_said
@@ -116,7 +116,7 @@ class Labelled:
 
     def lines(self) -> Iterator[str]:
         """The accuracy, and the confusion matrix, or of many classes the most frequent confusions."""
-        yield f"accuracy {np.trace(self.confusion) / self.images:.2%} on {self.images:,} labelled images"
+        yield f"accuracy {np.trace(self.confusion) / self.images:.2%} on {counted(self.images, 'labelled image')}"
         names = [escaped(name) for name in self.classes]
         if len(names) <= _MOST_COLUMNS:
             width = max(len(f"{self.confusion.max()}"), len(f"{len(names)}")) + 1
@@ -139,7 +139,7 @@ class Labelled:
         drawn = [folder / CONFUSION_FILE]
         labels = labels_said(self.classes, say)
         accuracy = np.trace(self.confusion) / self.images
-        title = f"{accuracy:.2%} of {self.images:,} images"
+        title = f"{accuracy:.2%} of {counted(self.images, 'image')}"
         plots.confusion(self.confusion, drawn[0], classes=labels, title=title)
         if worst := [mistake for *_, mistake in sorted(self._worst, reverse=True)]:
             drawn.append(folder / MISTAKES_FILE)

@@ -8,6 +8,7 @@ from typing import Any
 
 from rsengine.checked import shown
 from rsengine.data import Dataset, identity_of
+from rsengine.output import counted
 from rsengine.run.checkpoint import CheckpointError
 from rsengine.run.files import CHECKPOINT_FILE, WEIGHTS_FILE, utf8_path
 
@@ -49,7 +50,7 @@ def refuse_other_data(state: dict[str, Any], dataset: Dataset, folder: Path, ste
 def _in_words(data: dict[str, Any]) -> str:
     words = [str(data.get("name"))[:200]]
     if "counts" in data:
-        words.append(f"{data['counts'][0]:,} + {data['counts'][1]:,} images")
+        words.append(f"{data['counts'][0]:,} + {counted(data['counts'][1], 'image')}")
     words += [f"--{key.replace('_', '-')} {shown(value)}" for key, value in data.get("options", {}).items()]
     key = "identity" if "identity" in data else "checksum"  # they differ where nothing else does
     return ", ".join([*words, f"{key} {str(data.get(key))[:8]}…"])

@@ -161,7 +161,7 @@ BAD = {
     "no label": ("id,label\na,x\nb,\n", ["labels.csv line 3: no label"]),
     "twice": ("id,label\na,x\nb,y\na.png,y\n", ["line 4: a.png is listed twice"]),
     "ambiguous": ("id,label\na,x\nb,y\nboth,y\n", ["line 4: both may be", "both.jpg", "whole path"]),
-    "few cells": ("id,label\na,x\nb\n", ["line 3: 1 cells, but 2"]),
+    "few cells": ("id,label\na,x\nb\n", ["line 3: 1 cell, but 2"]),
     "many cells": ("id,label\na,x\nb,y,z\n", ["line 3: 3 cells, but 2"]),
     "open quote": ('id,label\na,x\nb,"y\nc,x\n', ["labels.csv line", "not a table"]),
     "several columns": ("id,fine_label,coarse_label\na,x,z\nb,y,z\n", ["fine_label, coarse_label", "--label-column"]),

@@ -132,7 +132,7 @@ def test_a_dying_pipeline_is_an_error_and_not_an_endless_wait(toy_dataset, kind)
 
 
 def test_fewer_images_than_a_batch_is_an_error(toy_dataset, kind):
-    with pytest.raises(LoaderError, match="150 images do not fill one batch of 200"):
+    with pytest.raises(LoaderError, match="150 images cannot fill one batch of 200"):
         kind(toy_dataset.train_beton, 200, drop_last=True)
 
 

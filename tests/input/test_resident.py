@@ -272,7 +272,7 @@ def test_images_of_several_sizes_are_refused(toy_dataset):
 
 
 def test_fewer_images_than_a_batch_are_refused(toy_dataset):
-    with pytest.raises(ValueError, match=r"train\.batch_size: 150 images do not fill 1 batches of 200"):
+    with pytest.raises(ValueError, match=r"train\.batch_size: 150 images cannot fill 1 batch of 200"):
         load_resident(toy_dataset, recipe(batch_size=200), CPU)
 
 

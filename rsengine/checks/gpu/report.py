@@ -8,6 +8,7 @@ from typing import Any
 
 from rsengine.checks.gpu.device import Cpu
 from rsengine.checks.gpu.parts import PARTS, Part, Row, outcome
+from rsengine.output import counted
 
 SUMMARY_LINES, SHOWN_WRONG, SHOWN_LEFT_OUT = 60, 15, 5
 Results = dict[str, dict[str, dict[str, Any]]]  # by part and row
@@ -196,7 +197,8 @@ def _proof_lines(results: Results) -> Iterator[str]:
         first = row["first_difference"]
         where = "to the bit" if first is None else f"until step {first['step']} ({first['largest']} differs first)"
         yield (
-            f"captured against plain, {name}: {row['steps']} steps, equal {where}; largest difference of a loss "
+            f"captured against plain, {name}: {counted(row['steps'], 'step')}, equal {where}; "
+            "largest difference of a loss "
             f"{row['loss_difference']:.2g}, of a tensor {row['weight_difference']:.2g}"
         )
     for row in _good(results, "tests").values():
@@ -211,7 +213,7 @@ def _training_lines(results: Results) -> Iterator[str]:
             continue
         goal = f", {row['goal']:.2%} after {row['seconds_to_goal']:.1f} s" if row["seconds_to_goal"] is not None else ""
         yield (
-            f"{name}, {row['data']}: {row['accuracy'][-1]:.2%} after {row['epochs'][-1]} epochs in "
+            f"{name}, {row['data']}: {row['accuracy'][-1]:.2%} after {counted(row['epochs'][-1], 'epoch')} in "
             f"{row['seconds']:.1f} s{goal}; {row['images_per_second'][-1]:,.0f} images/s in the last; first step after "
             f"{row['first_step_s']:.1f} s"
         )
