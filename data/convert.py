@@ -35,7 +35,7 @@ from rsengine.data.sources.choice import ORDERS, in_order, with_classes, with_su
 from rsengine.data.sources.open import open_source
 from rsengine.data.sources.tree import digest_of_list
 from rsengine.data.staging import staged_folder
-from rsengine.output import counted, patient_output, program
+from rsengine.output import counted, parsed, patient_output, program
 from rsengine.processor import usable_cpus
 
 PACKAGES = ("rsengine", "numpy", "pillow")
@@ -339,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(line, flush=True)
 
     with patient_output():
-        options = vars(_parser().parse_args(arguments))  # its help has characters that the output may lack
+        options = vars(parsed(_parser(), arguments))  # its help has characters that the output may lack
         quiet, start = options.pop("quiet"), time.monotonic()
         try:
             dataset = convert(**options, progress=not quiet, log=say)

@@ -9,6 +9,7 @@ from rsengine.checks.capture import STEPS, check_recipe, fake_group
 from rsengine.checks.launches import launch_table
 from rsengine.config import load_recipe, recipe_names
 from rsengine.errors import SettingsError, run_command
+from rsengine.output import parsed
 
 LARGEST = 4096  # pixels a side, or classes
 
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         "--processes", type=int, default=1, metavar="N", help="processes that share a batch (default: 1)"
     )
     parser.add_argument("--launch-table", action="store_true", help="print docs/launches.md instead, and exit")
-    arguments = parser.parse_args(argv)
+    arguments = parsed(parser, argv)
     return run_command(lambda: _check(arguments))
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from rsengine.errors import run_command
-from rsengine.output import escaped, program
+from rsengine.output import escaped, parsed, program
 from rsengine.run.files import write_atomically
 from rsengine.run.page_compare import comparison, described, grouped, read_runs
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="a run folder")
     parser.add_argument("--out", default=Path("compare.html"), type=Path, help="the page (default: compare.html)")
-    arguments = parser.parse_args(argv)
+    arguments = parsed(parser, argv)
     return run_command(lambda: _compare(arguments))
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from rsengine.cache import cache_folder
 from rsengine.data.errors import UserError
 from rsengine.errors import run_command
-from rsengine.output import counted, program
+from rsengine.output import counted, parsed, program
 from rsengine.run.machine import machine
 
 GOOD, OPTIONAL, WRONG = "ok", "--", "!!"
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog="example: %(prog)s --json > machine.json",
     )
     parser.add_argument("--json", action="store_true", help="print the findings as one JSON object")
-    arguments = parser.parse_args(argv)
+    arguments = parsed(parser, argv)
     return run_command(lambda: _report(arguments.json))
 
 

@@ -21,7 +21,7 @@ from rsengine.engine.predictions import Predictions, joined, one_batch
 from rsengine.errors import SettingsError, run_command
 from rsengine.export import Classifier, load_classifier
 from rsengine.input.choose import choose_loader
-from rsengine.output import counted, escaped, program
+from rsengine.output import counted, escaped, parsed, program
 from rsengine.run.weights import WeightsError
 
 BATCH = 500
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-    arguments = parser.parse_args(argv)
+    arguments = parsed(parser, argv)
     return run_command(lambda: _evaluate(arguments))
 
 

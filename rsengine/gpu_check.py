@@ -29,6 +29,7 @@ from rsengine.checks.gpu import report
 from rsengine.checks.gpu.parts import CARD, PARTS, Part
 from rsengine.checks.gpu.runner import ROOT, Check
 from rsengine.errors import SettingsError, run_command
+from rsengine.output import parsed
 from rsengine.run.files import remove_leftovers, write_atomically
 
 try:
@@ -46,7 +47,7 @@ LOGS = "gpu-check-logs"
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0 all is well or there is no GPU, 1 something is wrong, 2 bad arguments,
     130 interrupted."""
-    arguments = _parser().parse_args(argv)
+    arguments = parsed(_parser(), argv)
     return run_command(lambda: _check(arguments))
 
 
@@ -59,8 +60,6 @@ def _check(arguments: argparse.Namespace) -> int:
         raise SettingsError(f"GPU_DEVICE: expected {' or '.join(DEVICES)}; got {arguments.device!r}")
     if not arguments.seconds >= LEAST_SECONDS:
         raise SettingsError(f"--seconds: expected at least {LEAST_SECONDS:g}; got {arguments.seconds:g}")
-    if arguments.out is not None and not arguments.out.strip():
-        raise SettingsError("--out: expected a folder; got an empty name")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("gpu check: this machine has no usable CUDA GPU; nothing was run and nothing was written")
         return 0

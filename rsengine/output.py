@@ -11,7 +11,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 # The reader has gone: a pipe closed, a terminal hung up. That is no fault, and no one is left to be told.
@@ -40,6 +40,20 @@ def program(command: str) -> str:
         return f"rsengine {command}"
     by_package = started.name == "__main__.py" and started.parent.name == "rsengine"
     return f"python -m rsengine {command}" if by_package else f"python -m rsengine.{command}"
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """What ``parser`` makes of ``argv``, by default the process's own. An empty word, which an unset variable of the
+    shell gives, names nothing: it ends the command in one line, as the path ``""`` would mean the current folder."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    before = ""
+    for word in words:
+        option, equals, value = word.partition("=")
+        if not word.strip() or (word.startswith("--") and equals and not value.strip()):
+            what = option.strip() or (before if before.startswith("--") else "argument")
+            parser.exit(2, f"error: {what}: got an empty text; give a value, or leave it out\n")
+        before = word
+    return parser.parse_args(words)
 
 
 def add_output_options(parser: argparse.ArgumentParser, *, result: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from rsengine.data import DataError
 from rsengine.errors import SettingsError, run_command
 from rsengine.export import Classifier, load_classifier
-from rsengine.output import counted, escaped, program
+from rsengine.output import counted, escaped, parsed, program
 from rsengine.run.pictures import Picture, pictures
 from rsengine.run.results import Labelled, best_of, results_file
 from rsengine.run.weights import Weights
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--pictures", type=Path, metavar="DIR", help="of labelled input, write confusion.png and mistakes.png there"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    return run_command(lambda: _predict(parser.parse_args(argv)))
+    return run_command(lambda: _predict(parsed(parser, argv)))
 
 
 def _predict(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import textwrap
 
 from rsengine.config import Recipe, load_recipe, recipe_names
 from rsengine.errors import run_command
+from rsengine.output import parsed
 
 HEAD = ("recipe", "epochs", "batch", "learning rate", "policy", "network")
 
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("recipe", nargs="?", help="print this one, or that in a TOML file, with every setting")
     parser.add_argument("--json", action="store_true", help="print settings by recipe as one JSON object")
-    arguments = parser.parse_args(argv)
+    arguments = parsed(parser, argv)
     return run_command(lambda: _print(arguments))
 
 

@@ -11,7 +11,7 @@ from rsengine.api import callable_as_train
 from rsengine.config import describe, recipe_names
 from rsengine.data.paths import convert_command
 from rsengine.errors import run_command
-from rsengine.output import add_output_options, program, speaker
+from rsengine.output import add_output_options, parsed, program, speaker
 from rsengine.parallel.launch import is_launched, is_watched, launch, only_main_prints, processes
 from rsengine.plan import plan
 from rsengine.track import TRACKERS
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0, 1 diverged, 2 bad input, 130 or 143 stopped by a signal."""
     argv = sys.argv[1:] if argv is None else argv
     with only_main_prints(errors=True):
-        arguments = _parser().parse_args(argv)
+        arguments = parsed(_parser(), argv)
     alone = arguments.dry_run or arguments.list_settings
     if arguments.processes is not None and not alone and not is_launched():
         return run_command(lambda: launch(arguments.processes, argv))

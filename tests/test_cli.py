@@ -71,6 +71,33 @@ def test_bad_input_is_one_line_and_exit_2(arguments, words, capsys):
     assert output.err.startswith(words) and output.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("arguments, option", [
+    (["train", "--data", "digits", "--out", ""], "--out"),
+    (["train", "--out=", "--data", "digits"], "--out"),
+    (["train", "--recipe", ""], "--recipe"),
+    (["train", "--data", ""], "--data"),
+    (["train", "--init", ""], "--init"),
+    (["convert", "digits", "--out", ""], "--out"),
+    (["convert", "", "--out", "x"], "argument"),
+    (["evaluate", "run", "--data", ""], "--data"),
+    (["evaluate", ""], "argument"),
+    (["predict", "run", "x.png", "--out", ""], "--out"),
+    (["predict", "run", "x.png", "--pictures="], "--pictures"),
+    (["predict", "run", ""], "argument"),
+    (["export", "run", "--to", "onnx", "--out", ""], "--out"),
+    (["compare", "a", "b", "--out", ""], "--out"),
+    (["augment", "--data", "digits", "--out", ""], "--out"),
+    (["recipes", ""], "argument"),
+])  # fmt: skip
+def test_an_empty_word_names_nothing(arguments, option, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == 2 and not list(tmp_path.iterdir())
+    output = capsys.readouterr()
+    assert output.out == "" and output.err == f"error: {option}: got an empty text; give a value, or leave it out\n"
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_help_with_an_example(name, capsys):
     with pytest.raises(SystemExit) as left:

@@ -10,7 +10,7 @@ from rsengine.augment.policies import POLICIES
 from rsengine.config import Recipe
 from rsengine.data import find_dataset
 from rsengine.errors import SettingsError, run_command
-from rsengine.output import program
+from rsengine.output import parsed, program
 from rsengine.run.augmented import draw_augmented
 from rsengine.run.lettering import labels_said
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=10, help="columns (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=4, help="augmented versions of each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
+    arguments = parsed(parser, argv)
     return run_command(lambda: _draw(arguments))
 
 

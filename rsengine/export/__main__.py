@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rsengine.errors import run_command
 from rsengine.export.formats import FORMATS, export
-from rsengine.output import escaped, program
+from rsengine.output import escaped, parsed, program
 
 EXAMPLE = "example: %(prog)s runs/quickstart-20261126-140000 --to onnx --uint8 --out exported"
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--aot-inductor", action="store_true", help="torch: machine code for this kind of processor, by AOTInductor"
     )
-    return run_command(lambda: _export(parser.parse_args(argv)))
+    return run_command(lambda: _export(parsed(parser, argv)))
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -316,7 +316,6 @@ def test_without_a_gpu_it_says_so_and_changes_nothing(capsys, tmp_path, monkeypa
         (["--parts", " , "], "--parts: no part is named; there are card, smoke,"),
         (["--seconds", "nan"], "--seconds: expected at least 15; got nan"),
         (["--seconds", "-5"], "--seconds: expected at least 15; got -5"),
-        (["--out", ""], "--out: expected a folder; got an empty name"),
         (["--out", "file/x"], "[Errno 20] Not a directory: "),
     ],
 )
@@ -326,6 +325,12 @@ def test_a_bad_argument_is_one_line_with_the_remedy(arguments, said, capsys, tmp
     assert gpu_check.main(["--device", "cpu", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(f"error: {said}") and captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_an_empty_name_is_refused(capsys):
+    with pytest.raises(SystemExit) as left:
+        gpu_check.main(["--device", "cpu", "--out", " "])
+    assert left.value.code == 2 and capsys.readouterr().err.startswith("error: --out: got an empty text; ")
 
 
 def test_another_device_in_the_environment_is_refused(capsys, monkeypatch):
