@@ -8,7 +8,7 @@ match, before anything else happens.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -341,6 +341,27 @@ class Recipe:
         """``key: this value, other value`` for every field in which two recipes differ."""
         theirs = {key: value for key, _, value in _leaves(other)}
         return [f"{key}: {value!r} against {theirs[key]!r}" for key, _, value in _leaves(self) if value != theirs[key]]
+
+
+def with_short(settings: Sequence[str], short: Mapping[str, tuple[str, Any]]) -> list[str]:
+    """``settings``, ``key=value`` texts of ``--set``, with those that options of their own stand for.
+
+    Args:
+        short: for an option such as ``--epochs``, the key that it sets and its value, None where it was not given.
+
+    Raises:
+        RecipeError: an option says one thing and a setting of its key another.
+    """
+    found = list(settings)
+    for option, (key, value) in short.items():
+        if value is None:
+            continue
+        for setting in settings:
+            name, _, text = setting.partition("=")
+            if name.strip() == key and _parsed(text.strip()) != value:
+                raise RecipeError(f"{option} {value}: --set {setting} says otherwise; give one of them")
+        found.append(f"{key}={value}")
+    return found
 
 
 def recipe_names() -> list[str]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from rsengine.api import callable_as_train
-from rsengine.config import describe, recipe_names
+from rsengine.config import describe, recipe_names, with_short
 from rsengine.data.paths import convert_command
 from rsengine.errors import run_command
 from rsengine.output import add_output_options, parsed, program, speaker
@@ -52,12 +52,15 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _request(arguments: argparse.Namespace) -> Request:
-    short = {"train.seed": arguments.seed, "train.epochs": arguments.epochs}
-    short["train.limit_train_batches"] = arguments.limit_train_batches
+    short = {
+        "--seed": ("train.seed", arguments.seed),
+        "--epochs": ("train.epochs", arguments.epochs),
+        "--limit-train-batches": ("train.limit_train_batches", arguments.limit_train_batches),
+    }
     return Request(
         recipe=arguments.recipe,
         data=arguments.data,
-        set=[*arguments.set, *(f"{key}={value}" for key, value in short.items() if value is not None)],
+        set=with_short(arguments.set, short),
         out=Path(arguments.out) if arguments.out else None,
         resume=arguments.resume,
         init=arguments.init,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rsengine.config import Recipe, RecipeError, _leaves, _weights, describe, load_recipe, recipe_names
+from rsengine.config import Recipe, RecipeError, _leaves, _weights, describe, load_recipe, recipe_names, with_short
 from rsengine.engine.build import build_model
 from rsengine.model import resnet_rs
 from rsengine.schedule import learning_rate_table
@@ -56,6 +56,13 @@ def test_settings_that_must_agree_come_in_any_order():
     settings = ["train.micro_batches=3", "train.batch_size=96"]
     assert Recipe().with_settings(settings) == Recipe().with_settings(settings[::-1])
     assert Recipe().with_settings(["train.epochs=3", "train.epochs=4"]).train.epochs == 4  # the later one counts
+
+
+def test_an_option_that_is_short_for_a_setting_may_not_contradict_it():
+    short = {"--epochs": ("train.epochs", 1), "--seed": ("train.seed", None)}
+    assert with_short(["train.seed=3", "train.epochs = 1"], short)[2:] == ["train.epochs=1"]
+    with pytest.raises(RecipeError, match=r"^--epochs 1: --set train\.epochs=2 says otherwise; give one of them$"):
+        with_short(["train.epochs=2"], short)
 
 
 def test_what_the_step_may_add_is_off_unless_asked():

@@ -302,6 +302,8 @@ REFUSALS = [
     ),
     (["--resume", "--out", "nowhere"], "no checkpoint there; start the run without --resume"),
     (["--data", "nowhere"], "nowhere"),
+    (["--epochs", "1", "--set", "train.epochs=2"], "--epochs 1: --set train.epochs=2 says otherwise; give one of them"),
+    (["--seed", "1", "--set", "train.seed=2"], "--seed 1: --set train.seed=2 says otherwise"),
 ]
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from rsengine.augment.policies import POLICIES
-from rsengine.config import Recipe
+from rsengine.config import Recipe, with_short
 from rsengine.data import find_dataset
 from rsengine.errors import SettingsError, run_command
 from rsengine.output import parsed, program
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         description="See what a policy does to images, before any training.",
         epilog="example: %(prog)s --policy randaugment --data digits --out augmented.png",
     )
-    parser.add_argument("--policy", choices=POLICIES, default="autoaugment")
+    parser.add_argument("--policy", choices=POLICIES, help="short for --set policy=NAME (default: autoaugment)")
     parser.add_argument("--out", required=True, help="the PNG to write")
     parser.add_argument("--data", help="converted folder, source or digits; default: as rsengine.train finds it")
     parser.add_argument(
@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
 def _draw(arguments: argparse.Namespace) -> int:
     if min(arguments.images, arguments.rows) < 1 or arguments.seed < 0:
         raise SettingsError("--images and --rows: expected at least 1, and --seed at least 0")
-    settings = [f"augment.{setting}" for setting in arguments.set]
-    augment = Recipe().with_settings([f"augment.policy={arguments.policy}", *settings]).augment
+    settings = with_short(arguments.set, {"--policy": ("policy", arguments.policy)})
+    augment = Recipe().with_settings(["augment.policy=autoaugment", *(f"augment.{each}" for each in settings)]).augment
     dataset = find_dataset(arguments.data, fallback_digits=arguments.data is None, log=print)
     draw_augmented(
         dataset,

@@ -59,6 +59,7 @@ def test_the_command_draws_every_policy(digits, tmp_path, capsys, policy):
         (["--images", "0"], "--images and --rows: expected at least 1"),
         (["--set", "cutout_hole=4"], "did you mean augment.cutout_holes?"),
         (["--data", "/nowhere"], "/nowhere"),
+        (["--policy", "none", "--set", "policy=randaugment"], "--policy none: --set policy=randaugment says otherwise"),
     ],
 )
 def test_bad_input_is_one_line(digits, tmp_path, capsys, arguments, says):
