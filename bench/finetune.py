@@ -9,6 +9,7 @@ goes on, and what is done is not done again. The table is written to bench/resul
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
 import subprocess
 import sys
@@ -154,7 +155,7 @@ def main() -> int:
 
 
 def _called(name: str, command: Sequence[str]) -> int:
-    print(f"{name}: {' '.join(command)}", flush=True)
+    print(f"{name}: {shlex.join(command)}", flush=True)
     return subprocess.run(command).returncode
 
 

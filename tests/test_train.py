@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -312,6 +313,13 @@ def test_bad_input_is_one_line_and_exit_2(toy, capsys, arguments, words):
     assert toy(*arguments) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and words in error and "\n" not in error
+
+
+def test_the_command_that_resumes_a_run_is_one_for_the_shell():
+    request = training_module.Request(data="my data; x", track=["tensorboard"], graph=False)
+    words = ["--resume", "--out", "runs/it's", "--data", "my data; x", "--no-graph", "--track=tensorboard"]
+    line = training_module.resume_command(request, Path("runs/it's"))
+    assert shlex.split(line) == ["python", "-m", "rsengine.train", *words]
 
 
 def test_one_epoch_of_one_step_is_no_plural(toy, capsys):

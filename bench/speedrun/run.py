@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import signal
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def main() -> int:
     for name, command in known.items():
         if arguments.only and name not in arguments.only:
             continue
-        print(f"{name}: {' '.join(command)}", flush=True)
+        print(f"{name}: {shlex.join(command)}", flush=True)
         folder = arguments.out / name
         status = run(command, folder, seconds=60 * arguments.minutes if name in BASELINES else math.inf)
         if status not in (0, 128 + signal.SIGINT):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -166,10 +167,12 @@ runpy.run_path("data/convert.py", run_name="__main__")
 @pytest.mark.parametrize("image_format", ["raw", "jpg"])
 def test_conversion_works_without_ffcv(tmp_path, image_format):
     class_folders(tmp_path / "pets")
-    said = in_new_process(HIDDEN, tmp_path / "pets", tmp_path / "out", image_format).splitlines()
+    out = tmp_path / "it's out"
+    said = in_new_process(HIDDEN, tmp_path / "pets", out, image_format).splitlines()
     assert "9 training and 9 test images, 3 classes, 8×8" in said[-2]
-    assert said[-1] == f"Train on it with: python -m rsengine.train --data {tmp_path / 'out'}"
-    assert load_dataset(tmp_path / "out").image_format == image_format
+    command = said[-1].removeprefix("Train on it with: ")
+    assert shlex.split(command) == ["python", "-m", "rsengine.train", "--data", str(out)]
+    assert load_dataset(out).image_format == image_format
 
 
 IMPORTS = """

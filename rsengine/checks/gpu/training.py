@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -64,7 +65,7 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
     wrong = [f"the run {end}: {last_words(said)}"] if end else []
     goal = GOAL if dataset.name.startswith("cifar10") and not dataset.name.startswith("cifar100") else None
     about = {"data": dataset.name, "conversion_s": round(conversion, 1)}
-    about["command"] = " ".join(["python -m rsengine.train", *ARGUMENTS[row]])
+    about["command"] = shlex.join(["python", "-m", "rsengine.train", *ARGUMENTS[row]])
     return summary(records, goal) | about | {"wrong": wrong}
 
 
