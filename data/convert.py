@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ from rsengine.data.sources.choice import ORDERS, in_order, with_classes, with_su
 from rsengine.data.sources.open import open_source
 from rsengine.data.sources.tree import digest_of_list
 from rsengine.data.staging import staged_folder
-from rsengine.output import counted, parsed, patient_output, program
+from rsengine.output import add_output_options, counted, parsed, patient_output, print_json, program, speaker
 from rsengine.processor import usable_cpus
 
 PACKAGES = ("rsengine", "numpy", "pillow")
@@ -279,6 +280,23 @@ def summary(dataset: Dataset, seconds: float) -> str:
     return f"{first}\nTrain on it with: python -m rsengine.train --data {shlex.quote(str(dataset.folder))}"
 
 
+def written(dataset: Dataset, seconds: float) -> dict[str, Any]:
+    """The data set in values that JSON holds: the object of ``--json``."""
+    return {
+        "folder": str(dataset.folder),
+        "dataset": dataset.name,
+        "classes": list(dataset.classes),
+        "train_images": dataset.train_count,
+        "test_images": dataset.test_count,
+        "image_size": None if dataset.image_size is None else list(dataset.image_size),
+        "image_format": dataset.image_format,
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "identity": dataset.identity,
+        "seconds": seconds,
+    }
+
+
 def _parser() -> argparse.ArgumentParser:
     command = program("convert")
     parser = argparse.ArgumentParser(
@@ -314,7 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses those shares (default 0)")
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: one a processor)")
     parser.add_argument("--overwrite", action="store_true", help="replace a converted data set in DIR")
-    parser.add_argument("--quiet", action="store_true", help="say nothing unless something is wrong")
+    add_output_options(parser, result="what was written")
     return parser
 
 
@@ -333,14 +351,10 @@ def _names(text: str) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-
-    def say(line: str) -> None:
-        if not quiet:
-            print(line, flush=True)
-
     with patient_output():
         options = vars(parsed(_parser(), arguments))  # its help has characters that the output may lack
-        quiet, start = options.pop("quiet"), time.monotonic()
+        quiet, as_json, start = options.pop("quiet"), options.pop("json"), time.monotonic()
+        say = speaker(quiet=quiet, json=as_json)
         try:
             dataset = convert(**options, progress=not quiet, log=say)
         except (DataError, OptionError) as error:
@@ -349,7 +363,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted: nothing was written", file=sys.stderr)
             return 130
-        say(summary(dataset, time.monotonic() - start))
+        seconds = time.monotonic() - start
+        say(summary(dataset, seconds))
+        if as_json:
+            print_json(written(dataset, seconds))
         return 0
 
 

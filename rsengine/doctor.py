@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shutil
 import sys
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass
 from rsengine.cache import cache_folder
 from rsengine.data.errors import UserError
 from rsengine.errors import run_command
-from rsengine.output import counted, parsed, program
+from rsengine.output import add_output_options, counted, parsed, print_json, program
 from rsengine.run.machine import machine
 
 GOOD, OPTIONAL, WRONG = "ok", "--", "!!"
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Say what this machine has, which paths a run will take and why, and what is missing.",
         epilog="example: %(prog)s --json > machine.json",
     )
-    parser.add_argument("--json", action="store_true", help="print the findings as one JSON object")
+    add_output_options(parser, result="the findings", quiet=False)
     arguments = parsed(parser, argv)
     return run_command(lambda: _report(arguments.json))
 
@@ -64,7 +63,7 @@ def _report(as_json: bool) -> int:
     findings = examine()
     healthy = all(finding.state != WRONG for finding in findings)
     if as_json:
-        print(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in findings]}))
+        print_json({"healthy": healthy, "findings": [asdict(finding) for finding in findings]})
     else:
         width = max(len(finding.subject) for finding in findings)
         for each in findings:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from rsengine.engine.predictions import Predictions, joined, one_batch
 from rsengine.errors import SettingsError, run_command
 from rsengine.export import Classifier, load_classifier
 from rsengine.input.choose import choose_loader
-from rsengine.output import counted, escaped, parsed, program
+from rsengine.output import add_output_options, counted, escaped, parsed, print_json, program, speaker
 from rsengine.run.weights import WeightsError
 
 BATCH = 500
@@ -88,14 +89,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    add_output_options(parser, result="the figures")
     arguments = parsed(parser, argv)
     return run_command(lambda: _evaluate(arguments))
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    say = speaker(quiet=arguments.quiet, json=arguments.json)
     classifier = load_classifier(arguments.run, arguments.device, arguments.precision)
-    print(f"weights: {classifier}")
-    dataset = find_dataset(arguments.data)
+    say(f"weights: {classifier}")
+    dataset = find_dataset(arguments.data, log=say)
     if tuple(dataset.classes) != classifier.classes:
         raise WeightsError(
             f"{arguments.run}: trained on other classes than {dataset.name} has; give the data it learned with --data"
@@ -106,37 +109,68 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.size is not None:
         how += f" (at {arguments.size}x{arguments.size})"
     count = len(result.predictions.labels)
-    print(
+    say(
         f"{dataset.name}: accuracy {result.accuracy:.2%}{how}, cross-entropy {result.loss:.4f} on "
         f"{counted(count, 'test image')}"
     )
-    print(
-        f"calibration: ECE {calibration.ece:.4f} ({len(calibration.counts)} bins), Brier score {calibration.brier:.4f}"
-    )
-    print(f"throughput: {result.images_per_second:,.0f} images/s of the network alone, batches of {BATCH}")
+    say(f"calibration: ECE {calibration.ece:.4f} ({len(calibration.counts)} bins), Brier score {calibration.brier:.4f}")
+    say(f"throughput: {result.images_per_second:,.0f} images/s of the network alone, batches of {BATCH}")
     if arguments.per_class:
         for line in class_table(result.predictions, dataset.classes):
-            print(line)
+            say(line)
+    if arguments.json:
+        figures = {
+            "weights": str(classifier.path),
+            "format": classifier.kind,
+            "dataset": dataset.name,
+            "test_images": count,
+            "flip": arguments.flip,
+            "size": arguments.size,
+            "accuracy": result.accuracy,
+            "cross_entropy": result.loss,
+            "ece": calibration.ece,
+            "brier": calibration.brier,
+            "images_per_second": result.images_per_second,
+        }
+        print_json(figures | {"classes": class_figures(result.predictions, dataset.classes)})
     return 0
+
+
+def class_figures(predictions: Predictions, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """For each class its images, accuracy (recall) and precision; None where there is no image to take it of."""
+    confusion = _confusion(predictions, len(classes))
+    return [
+        {
+            "class": name,
+            "images": int(confusion[number].sum()),
+            "accuracy": _share(confusion[number, number], confusion[number].sum()),
+            "precision": _share(confusion[number, number], confusion[:, number].sum()),
+        }
+        for number, name in enumerate(classes)
+    ]
 
 
 def class_table(predictions: Predictions, classes: tuple[str, ...]) -> Iterator[str]:
     """A line for each class: images, accuracy (recall), precision, and what its images are most often taken for."""
-    names = [escaped(name) for name in classes]
-    cells = predictions.labels * len(names) + predictions.predicted
-    confusion = np.bincount(cells, minlength=len(names) ** 2).reshape(len(names), len(names))
+    names, confusion = [escaped(name) for name in classes], _confusion(predictions, len(classes))
     width = max(5, *map(len, names))
     yield f"{'class':{width}}  images  accuracy  precision  most often taken for"
-    for number, name in enumerate(names):
-        total, chosen, right = confusion[number].sum(), confusion[:, number].sum(), confusion[number, number]
+    for number, (name, figures) in enumerate(zip(names, class_figures(predictions, classes), strict=True)):
+        recall, precision = (f"{v:.2%}" if v is not None else "–" for v in (figures["accuracy"], figures["precision"]))
         wrong = confusion[number].copy()
         wrong[number] = 0
         other = f"{names[wrong.argmax()]} ({wrong.max():,})" if wrong.any() else ""
-        yield f"{name:{width}}  {total:6,}  {_share(right, total):>8}  {_share(right, chosen):>9}  {other}".rstrip()
+        yield f"{name:{width}}  {figures['images']:6,}  {recall:>8}  {precision:>9}  {other}".rstrip()
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.2%}" if whole else "–"
+def _confusion(predictions: Predictions, classes: int) -> np.ndarray:
+    """(C, C) int64: rows are true classes, columns predicted ones."""
+    cells = predictions.labels * classes + predictions.predicted
+    return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
+
+
+def _share(part: int, whole: int) -> float | None:
+    return float(part / whole) if whole else None
 
 
 def _batches(dataset: Dataset, classifier: Classifier, size: int | None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -8,11 +8,14 @@ import contextlib
 import errno
 import functools
 import io
+import json
+import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 # The reader has gone: a pipe closed, a terminal hung up. That is no fault, and no one is left to be told.
 _GONE = {errno.EPIPE, errno.EIO, errno.ECONNRESET}
@@ -56,9 +59,10 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     return parser.parse_args(words)
 
 
-def add_output_options(parser: argparse.ArgumentParser, *, result: str) -> None:
-    """``--quiet`` and ``--json``; ``result`` says what the object holds."""
-    parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
+def add_output_options(parser: argparse.ArgumentParser, *, result: str, quiet: bool = True) -> None:
+    """``--json`` and, with ``quiet``, ``--quiet``; ``result`` says what the object holds."""
+    if quiet:
+        parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
     parser.add_argument(
         "--json", action="store_true", help=f"print {result} as one JSON object; all else goes to standard error"
     )
@@ -70,6 +74,20 @@ def speaker(*, quiet: bool, json: bool) -> Callable[[str], None]:
         return lambda _line: None
     # A log file shows each line at once. Standard error is looked up at each line: it may be put in place later.
     return (lambda line: print(line, file=sys.stderr, flush=True)) if json else functools.partial(print, flush=True)
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """Print ``result`` as the one object of ``--json``."""
+    print(json.dumps(finite(result), allow_nan=False), flush=True)
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None in place of every number that is not finite, which JSON does not know."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class _Patient(io.FileIO):

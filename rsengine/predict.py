@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -14,9 +15,9 @@ from torch import Tensor
 from rsengine.data import DataError
 from rsengine.errors import SettingsError, run_command
 from rsengine.export import Classifier, load_classifier
-from rsengine.output import counted, escaped, parsed, program
+from rsengine.output import add_output_options, counted, escaped, parsed, print_json, program, speaker
 from rsengine.run.pictures import Picture, pictures
-from rsengine.run.results import Labelled, best_of, results_file
+from rsengine.run.results import Labelled, as_object, best_of, results_file
 from rsengine.run.weights import Weights
 
 PIXELS = 256 * 32 * 32  # in a batch, so that memory does not depend on how many pictures there are
@@ -58,46 +59,67 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--pictures", type=Path, metavar="DIR", help="of labelled input, write confusion.png and mistakes.png there"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_output_options(parser, result="the predictions, but with --out, and what labels say of them,")
     return run_command(lambda: _predict(parsed(parser, argv)))
 
 
 def _predict(arguments: argparse.Namespace) -> int:
     if arguments.top < 1:
         raise SettingsError(f"--top {arguments.top}: expected at least 1")
+    say = speaker(quiet=arguments.quiet, json=arguments.json)
     classifier = load_classifier(arguments.run, arguments.device)
-    print(f"weights: {classifier}")
+    say(f"weights: {classifier}")
     top, labelled = min(arguments.top, len(classifier.classes)), Labelled(classifier.classes)
-    read, failed = 0, 0
+    read, failed, drawn = 0, 0, []
+    predictions: list[dict[str, Any]] | None = [] if arguments.json and arguments.out is None else None
     with contextlib.ExitStack() as stack:
-        row: Callable[[str, int | None, np.ndarray], None]
-        if arguments.out is None:
-            row = lambda name, label, probabilities: _print(classifier, name, probabilities, top)  # noqa: E731
-        else:
-            row = stack.enter_context(results_file(arguments.out, classifier.classes, top))
-        found = pictures(arguments.images, classifier.image_size, classifier.classes)
+        file = None
+        if arguments.out is not None:
+            file = stack.enter_context(results_file(arguments.out, classifier.classes, top))
+        found = pictures(arguments.images, classifier.image_size, classifier.classes, say)
         for batch, errors in batches(found, classifier.image_size):
             failed += len(errors)
             if not batch:
                 continue
             probabilities = predict(classifier, np.stack([each.pixels for each in batch])).numpy()
             for each, shares in zip(batch, probabilities, strict=True):
-                row(each.name, each.label, shares)
+                if file is not None:
+                    file(each.name, each.label, shares)
+                else:
+                    say(_line(classifier, each.name, shares, top))
+                if predictions is not None:
+                    predictions.append(as_object(each.name, each.label, shares, classifier.classes, top))
                 if each.label is not None:
                     labelled.add(each.pixels, each.label, shares)
             read += len(batch)
-            sys.stdout.flush()
     if arguments.out is not None:
-        print(f"wrote {escaped(arguments.out)}: {counted(read, 'picture')}")
+        say(f"wrote {escaped(arguments.out)}: {counted(read, 'picture')}")
     if labelled.images:
         for line in labelled.lines():
-            print(line)
+            say(line)
         if arguments.pictures is None:
-            print("--pictures DIR draws the confusion matrix and the most confident mistakes")
+            say("--pictures DIR draws the confusion matrix and the most confident mistakes")
         else:
-            for path in labelled.draw(arguments.pictures):
-                print(f"wrote {escaped(path)}")
+            drawn = labelled.draw(arguments.pictures, say)
+            for path in drawn:
+                say(f"wrote {escaped(path)}")
     elif arguments.pictures is not None:
-        print(f"--pictures {escaped(arguments.pictures)}: nothing drawn, for no picture that was read has a label")
+        say(f"--pictures {escaped(arguments.pictures)}: nothing drawn, for no picture that was read has a label")
+    if arguments.json:
+        result = {
+            "weights": str(classifier.path),
+            "format": classifier.kind,
+            "pictures": read,
+            "unreadable": failed,
+            "predictions": predictions,
+            "out": None if arguments.out is None else str(arguments.out),
+            "labelled": None,
+            "drawn": [str(path) for path in drawn],
+        }
+        if labelled.images:
+            scores = {"pictures": labelled.images, "accuracy": labelled.accuracy}
+            result["labelled"] = scores | {"classes": list(labelled.classes), "confusion": labelled.confusion.tolist()}
+        print_json(result)
     return 0 if not failed else 1 if read else DataError.status
 
 
@@ -121,10 +143,10 @@ def batches(
         yield batch, errors
 
 
-def _print(classifier: Classifier, name: str, probabilities: np.ndarray, top: int) -> None:
-    """Print a line: the name of a picture, and its likeliest classes with their probabilities."""
+def _line(classifier: Classifier, name: str, probabilities: np.ndarray, top: int) -> str:
+    """The name of a picture, and its likeliest classes with their probabilities."""
     scores = ", ".join(f"{escaped(classifier.classes[c])} {p:.1%}" for c, p in best_of(probabilities, top))
-    print(f"{escaped(name)}: {scores}")
+    return f"{escaped(name)}: {scores}"
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import textwrap
 
 from rsengine.config import Recipe, load_recipe, recipe_names
 from rsengine.errors import run_command
-from rsengine.output import parsed
+from rsengine.output import add_output_options, parsed, print_json
 
 HEAD = ("recipe", "epochs", "batch", "learning rate", "policy", "network")
 
@@ -22,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog="example: %(prog)s quickstart > mine.toml",
     )
     parser.add_argument("recipe", nargs="?", help="print this one, or that in a TOML file, with every setting")
-    parser.add_argument("--json", action="store_true", help="print settings by recipe as one JSON object")
+    add_output_options(parser, result="settings by recipe", quiet=False)
     arguments = parsed(parser, argv)
     return run_command(lambda: _print(arguments))
 
@@ -30,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 def _print(arguments: argparse.Namespace) -> int:
     recipes = [load_recipe(name) for name in ([arguments.recipe] if arguments.recipe else recipe_names())]
     if arguments.json:
-        print(json.dumps({recipe.name: recipe.flat() for recipe in recipes}))
+        print_json({recipe.name: recipe.flat() for recipe in recipes})
     else:
         print(recipes[0].to_toml().rstrip() if arguments.recipe else _table(recipes))
     return 0

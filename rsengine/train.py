@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from rsengine.api import callable_as_train
 from rsengine.config import describe, recipe_names, with_short
 from rsengine.data.paths import convert_command
 from rsengine.errors import run_command
-from rsengine.output import add_output_options, parsed, program, speaker
+from rsengine.output import add_output_options, parsed, print_json, program, speaker
 from rsengine.parallel.launch import is_launched, is_watched, launch, only_main_prints, processes
 from rsengine.plan import plan
 from rsengine.track import TRACKERS
@@ -39,13 +38,13 @@ def _train(arguments: argparse.Namespace) -> int:
     say, request = speaker(quiet=arguments.quiet, json=arguments.json), _request(arguments)
     if arguments.dry_run:
         planned = plan(request, say)
-        print(json.dumps(planned.summary()) if arguments.json else planned.text())
+        print_json(planned.summary()) if arguments.json else print(planned.text())
         return 0
     outcome = train(request, say)
     if not outcome.stopped:
         say(outcome.line())
     if arguments.json:
-        print(json.dumps(outcome.summary()))
+        print_json(outcome.summary())
     if outcome.stopped and not is_watched():
         return 128 + outcome.stopped
     return 0  # torchrun would start processes again that end otherwise

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from rsengine.augment.policies import POLICIES
 from rsengine.config import Recipe, with_short
 from rsengine.data import find_dataset
 from rsengine.errors import SettingsError, run_command
-from rsengine.output import parsed, program
+from rsengine.output import add_output_options, escaped, parsed, print_json, program, speaker
 from rsengine.run.augmented import draw_augmented
 from rsengine.run.lettering import labels_said
 
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=10, help="columns (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=4, help="augmented versions of each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    add_output_options(parser, result="what was drawn")
     arguments = parsed(parser, argv)
     return run_command(lambda: _draw(arguments))
 
@@ -40,7 +42,8 @@ def _draw(arguments: argparse.Namespace) -> int:
         raise SettingsError("--images and --rows: expected at least 1, and --seed at least 0")
     settings = with_short(arguments.set, {"--policy": ("policy", arguments.policy)})
     augment = Recipe().with_settings(["augment.policy=autoaugment", *(f"augment.{each}" for each in settings)]).augment
-    dataset = find_dataset(arguments.data, fallback_digits=arguments.data is None, log=print)
+    say = speaker(quiet=arguments.quiet, json=arguments.json)
+    dataset = find_dataset(arguments.data, fallback_digits=arguments.data is None, log=say)
     draw_augmented(
         dataset,
         augment,
@@ -49,9 +52,12 @@ def _draw(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         images=arguments.images,
         epochs=arguments.rows,
-        labels=labels_said(dataset.classes, print),
+        labels=labels_said(dataset.classes, say),
     )
-    print(f"wrote {arguments.out}")
+    say(f"wrote {escaped(arguments.out)}")
+    if arguments.json:
+        drawn = {"out": arguments.out, "dataset": dataset.name, "settings": asdict(augment), "seed": arguments.seed}
+        print_json(drawn | {"images": arguments.images, "rows": arguments.rows})
     return 0
 
 

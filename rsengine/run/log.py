@@ -28,7 +28,6 @@ Every record has ``kind`` and ``step`` (optimiser steps done when it was written
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,6 +36,7 @@ from typing import Any
 from rsengine.checked import Field, FieldError
 from rsengine.data.errors import UserError
 from rsengine.disk import sync
+from rsengine.output import finite
 from rsengine.run.files import METRICS_FILE, write_atomically, writing
 
 START = "start"
@@ -125,7 +125,7 @@ class RunLog:
             TypeError: a value has no JSON form.
             WriteError: the disk refuses it.
         """
-        line = json.dumps(_finite(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(finite(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with writing(self.path), open(self.path, "a+b", buffering=0) as file:
@@ -245,12 +245,3 @@ def accuracy(record: Mapping[str, Any]) -> float:
     """The test accuracy in an ``epoch`` record: that of the EMA, or of the raw weights if the run has no EMA."""
     ema = record["test_accuracy_ema"]
     return record["test_accuracy"] if ema is None else ema
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with None in place of every number that is not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -44,6 +44,14 @@ def results_file(path: Path, classes: Sequence[str], top: int) -> Iterator[Row]:
         yield row
 
 
+def as_object(
+    name: str, label: int | None, probabilities: np.ndarray, classes: Sequence[str], top: int
+) -> dict[str, Any]:
+    """A picture in values that JSON holds: its name, its class where that is known, and the likeliest classes."""
+    best = [{"class": classes[c], "probability": round(p, 6)} for c, p in best_of(probabilities, top)]
+    return {"image": name, "true": None if label is None else classes[label], "classes": best}
+
+
 def best_of(probabilities: np.ndarray, top: int) -> list[tuple[int, float]]:
     """The ``top`` likeliest classes with their probabilities, the likeliest first; equal ones in their order."""
     order = np.argsort(-probabilities, kind="stable")[:top]
@@ -71,9 +79,7 @@ def _json(path: Path, classes: Sequence[str], top: int) -> Iterator[Row]:
 
         def row(name: str, label: int | None, probabilities: np.ndarray) -> None:
             nonlocal separator
-            best = [{"class": classes[c], "probability": round(p, 6)} for c, p in best_of(probabilities, top)]
-            content = {"image": name, "true": None if label is None else classes[label], "classes": best}
-            file.write(separator + json.dumps(content))
+            file.write(separator + json.dumps(as_object(name, label, probabilities, classes, top)))
             separator = ",\n"
 
         yield row
@@ -114,9 +120,14 @@ class Labelled:
     def images(self) -> int:
         return int(self.confusion.sum())
 
+    @property
+    def accuracy(self) -> float:
+        """0 to 1, of at least one picture."""
+        return float(np.trace(self.confusion) / self.images)
+
     def lines(self) -> Iterator[str]:
         """The accuracy, and the confusion matrix, or of many classes the most frequent confusions."""
-        yield f"accuracy {np.trace(self.confusion) / self.images:.2%} on {counted(self.images, 'labelled image')}"
+        yield f"accuracy {self.accuracy:.2%} on {counted(self.images, 'labelled image')}"
         names = [escaped(name) for name in self.classes]
         if len(names) <= _MOST_COLUMNS:
             width = max(len(f"{self.confusion.max()}"), len(f"{len(names)}")) + 1
@@ -138,8 +149,7 @@ class Labelled:
             folder.mkdir(parents=True, exist_ok=True)
         drawn = [folder / CONFUSION_FILE]
         labels = labels_said(self.classes, say)
-        accuracy = np.trace(self.confusion) / self.images
-        title = f"{accuracy:.2%} of {counted(self.images, 'image')}"
+        title = f"{self.accuracy:.2%} of {counted(self.images, 'image')}"
         plots.confusion(self.confusion, drawn[0], classes=labels, title=title)
         if worst := [mistake for *_, mistake in sorted(self._worst, reverse=True)]:
             drawn.append(folder / MISTAKES_FILE)
