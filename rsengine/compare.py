@@ -10,7 +10,7 @@ from pathlib import Path
 from rsengine.errors import run_command
 from rsengine.output import escaped, parsed, program
 from rsengine.run.files import write_atomically
-from rsengine.run.page_compare import comparison, described, grouped, read_runs
+from rsengine.run.page_compare import comparison, described, grouped, read_runs, warnings
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,6 +38,8 @@ def _compare(arguments: argparse.Namespace) -> int:
             continue
         words += f"{statistics.fmean(group.seeds):.2%}, n = {len(group.seeds)}"
         print(words + (f", 95% interval {group.interval[0]:.2%} to {group.interval[1]:.2%}" if group.interval else ""))
+    for head, words in warnings(runs):
+        print(f"{head.lower()}: {escaped(words.removesuffix('.'))}")
     print(f"wrote {escaped(arguments.out)}")
     return 0
 

@@ -83,11 +83,16 @@ def test_an_unfinished_run_is_named_and_not_in_the_mean(make, capsys):
         make("none", 0.5, "train.seed=2", epochs=0),
     ]
     assert main([*map(str, folders)]) == 0
-    assert capsys.readouterr().out.startswith("A  whole: 80.00%, n = 1\n")
-    assert "not finished, and left out of the means: short, none." in words()[1]
+    # What stands against comparing them is the same in the terminal and on the page.
+    assert capsys.readouterr().out.splitlines() == [
+        "A  whole: 80.00%, n = 1",
+        "not finished: short (2 of 4 epochs), none (no epoch evaluated); left out of the means and intervals",
+        "wrote compare.html",
+    ]
+    assert "Not finished: short (2 of 4 epochs), none (no epoch evaluated); left out of the means" in words()[1]
 
 
-def test_other_data_other_weights_and_another_machine_are_told(make):
+def test_other_data_other_weights_and_another_machine_are_told(make, capsys):
     origin = {"path": "w", "sha256": "c" * 64}
     folders = [
         make("a", 0.8),
@@ -97,13 +102,29 @@ def test_other_data_other_weights_and_another_machine_are_told(make):
     assert len(grouped(read_runs(folders))) == 3
     assert main([*map(str, folders)]) == 0
     found = words()[1]
-    assert "different data, so their accuracies cannot be compared" in found
+    told = f"a, c on toy (identity {8 * 'a'}…); b on other (identity {8 * 'b'}…); the accuracies of these "
+    told += "cannot be compared"
+    assert capsys.readouterr().out.splitlines()[3] == f"not the same data: {told}"
+    assert f"Not the same data: {told}." in found
     assert f'initial weights, sha256 – – "{"c" * 58}' in found
 
 
 def test_runs_of_an_older_version(make):
     assert main([str(make("a", 0.8, old=True)), str(make("b", 0.9, old=True)), "--out", "page.html"]) == 0
-    assert "does not say on which data" in words("page.html")[1]
+    assert "Perhaps not the same data: a, b, of which data the log does not say enough" in words("page.html")[1]
+
+
+def test_accuracies_on_one_test_set_compare_whatever_was_trained_on(make, capsys):
+    def data(identity, test):
+        return {"name": "toy", "identity": 64 * identity, "sha256": {"train": 64 * identity, "test": 64 * test}}
+
+    older = {"name": "toy", "identity": 64 * "c"}
+    make("a", 0.8, data=data("b", "t")), make("b", 0.8, data=data("c", "t")), make("older", 0.8, data=older)
+    assert main(["a", "b", "older"]) == 0
+    assert "data" not in capsys.readouterr().out
+    make("c", 0.8, data=data("b", "u"))
+    assert main(["a", "b", "c"]) == 0
+    assert "not the same data: a, b on toy (identity bbbbbbbb…); c on toy (" in capsys.readouterr().out
 
 
 def test_a_setting_that_an_older_version_did_not_have_is_its_default(make):

@@ -12,6 +12,7 @@ from typing import Any
 
 from rsengine.config import Recipe
 from rsengine.data.errors import UserError
+from rsengine.output import counted
 from rsengine.run.files import METRICS_FILE, RECIPE_FILE
 from rsengine.run.formats import NONE, count, fixed, number, percent
 from rsengine.run.log import EPOCH, INTERVAL, START, RunLog, accuracy
@@ -65,6 +66,7 @@ class Run:
             "data": data.get("name"),
             "data, identity": data.get("identity"),
             "test images": data.get("test_images"),
+            "test images, sha256": (data.get("sha256") or {}).get("test"),
             "initial weights, sha256": origin.get("sha256"),
             **{name: last.get(name) for name in ("device", "precision", "threads", "graph", "compiled")},
             **{name: here.get(name) for name in ("processor", "logical_cores", "os", "python")},
@@ -171,24 +173,55 @@ def described(group: Group, groups: Sequence[Group]) -> str:
 def comparison(runs: Sequence[Run]) -> bytes:
     """The page about ``runs``, two or more."""
     groups = grouped(runs)
-    warnings = [tag("p", tag("b", "Not the same: "), words, class_="warning") for words in _warnings(runs)]
+    notes = [tag("p", tag("b", f"{head}: "), words, class_="warning") for head, words in warnings(runs)]
     sections = [
         Section("results", "Results", [*_results(groups), *_runs(groups)]),
         Section("curves", "Curves", [TOOLS, *_curves(groups)]),
         Section("recipes", "Differences of the recipes", [_differences(runs, [run.settings for run in runs])]),
         Section("surroundings", "Other differences", [_differences(runs, [run.surroundings for run in runs])]),
     ]
-    return document(f"{len(runs)} runs compared", warnings, sections)
+    return document(f"{len(runs)} runs compared", notes, sections)
 
 
-def _warnings(runs: Sequence[Run]) -> Iterator[str]:
-    identities = [run.surroundings.get("data, identity") for run in runs]
-    if len(set(identities) - {None}) > 1:
-        yield "these runs used different data, so their accuracies cannot be compared."
-    elif None in identities:
-        yield "the log of some of these runs does not say on which data; compare accuracies only if they were the same."
-    if unfinished := [run.label for run in runs if not run.finished]:
-        yield f"not finished, and left out of the means: {', '.join(unfinished)}."
+def warnings(runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
+    """What stands against comparing ``runs``: in a word or two, and in a sentence that names the runs."""
+    by_data: dict[str, list[Run]] = {}
+    for run in runs:
+        by_data.setdefault(_test_set(run, runs), []).append(run)
+    if len(by_data) > 1:
+        named = (f"{', '.join(run.label for run in same)} on {_data_of(same[0])}" for same in by_data.values())
+        yield "Not the same data", f"{'; '.join(named)}; the accuracies of these cannot be compared."
+    if silent := [run.label for run in runs if "data, identity" not in run.surroundings]:
+        words = "of which data the log does not say enough; compare accuracies only if they are the same"
+        yield "Perhaps not the same data", f"{', '.join(silent)}, {words}."
+    if unfinished := [f"{run.label} ({_done(run)})" for run in runs if not run.finished]:
+        yield "Not finished", f"{', '.join(unfinished)}; left out of the means and intervals."
+
+
+def _test_set(run: Run, runs: Sequence[Run]) -> str:
+    """Equal for two of ``runs`` on the same test set, as far as their logs say. Older ones give the identity of train
+    and test set together, or a name alone."""
+    name, identity, test = (run.surroundings.get(key) for key in ("data", "data, identity", "test images, sha256"))
+    if test is None and identity is not None:  # another of the same identity may say it
+        others = [each.surroundings for each in runs if each.surroundings.get("data, identity") == identity]
+        test = next((each["test images, sha256"] for each in others if "test images, sha256" in each), None)
+    return str(test or identity or name)
+
+
+def _data_of(run: Run) -> str:
+    """The data of a run in words."""
+    name, identity = (run.surroundings.get(key) for key in ("data", "data, identity"))
+    return f"{name or 'unknown data'}{f' (identity {str(identity)[:8]}…)' if identity else ''}"
+
+
+def _done(run: Run) -> str:
+    """How far a run came that has not finished."""
+    if not run.epochs:
+        return "no epoch evaluated"
+    if not run.tested:
+        return "no test accuracy"
+    planned = number(run.settings.get("train.epochs"))
+    return f"{run.epochs[-1]['epoch']} of {NONE if planned is None else counted(int(planned), 'epoch')}"
 
 
 def _results(groups: Sequence[Group]) -> Iterator[Markup]:
