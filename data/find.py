@@ -71,7 +71,7 @@ def find_dataset(
     """
     if data is not None:
         return _open(os.fspath(data), log, conversion)
-    if value := os.environ.get(VARIABLE, "").strip():
+    if value := named_by_environment():
         log(f"data: {VARIABLE} names {value}")
         return _open(value, log, conversion)
     local = Path(LOCAL_FOLDER)
@@ -92,6 +92,11 @@ def find_dataset(
         f"no data set: {looked}; {problem}. Give --data with a CIFAR archive, a converted folder or class folders, "
         f"set {VARIABLE} to one, or use --data digits"
     )
+
+
+def named_by_environment() -> str:
+    """What RSENGINE_DATA names; empty where it names nothing."""
+    return os.environ.get(VARIABLE, "").strip()
 
 
 def known_in(folder: Path) -> Path | None:

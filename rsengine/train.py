@@ -91,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list-settings", action="store_true", help="print every setting with its default, and exit")
     parser.add_argument("--out", help="run folder (default: runs/RECIPE-TIME)")
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in --out, or with the recipe's latest"
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out, or with the recipe's latest; its data, where nothing names others",
     )
     parser.add_argument(
         "--init",

@@ -14,6 +14,7 @@ import torch
 from rsengine.config import Recipe, load_recipe
 from rsengine.data import Dataset, find_dataset
 from rsengine.data.errors import UserError
+from rsengine.data.find import named_by_environment
 from rsengine.data.paths import convert_command
 from rsengine.device import Execution, choose_execution, keep_freed_memory
 from rsengine.engine.compiler import check_compiler, compile_errors
@@ -38,6 +39,7 @@ from rsengine.run.folder import RUNS, latest_run, locked, make_folder, make_run_
 from rsengine.run.initial import Initial, normalised_as, origin_of, read_initial
 from rsengine.run.progress import duration
 from rsengine.run.records import write_records
+from rsengine.run.same_data import data_of
 from rsengine.track import check_trackers, open_tracking
 from rsengine.trainer import Trainer
 
@@ -149,17 +151,18 @@ def _train(request: Request, say: Callable[[str], None], held: contextlib.ExitSt
     request = _after_restart(request, ranks, say)
     initial = initial_of(request)
     recipe = recipe_of(request, "quickstart", initial)
-    out = request.out
+    out, recorded = request.out, None
     if ranks.is_main:
         if request.resume and out is None and request.recipe:
             out = latest_run(recipe.name)
         if out is not None and request.resume:
-            _saved(request, out)  # once now, before data are converted in vain
+            recorded, _ = _saved(request, out)  # once now, before data are converted in vain
         elif out is not None:
             _check_free(out)
-    out = ranks.from_main(out)
+    out, recorded = ranks.from_main((out, recorded and {"dataset": recorded["dataset"]}))
     with ranks.in_turn():
-        dataset = of_one_size(find_dataset(request.data, fallback_digits=request.or_digits, log=say))
+        dataset = _data_again(request, recorded, out, say) if recorded else None
+        dataset = of_one_size(dataset or find_dataset(request.data, fallback_digits=request.or_digits, log=say))
     if not (request.resume and out):
         recipe = recipe_for(request, dataset, recipe, initial, say)
     state, origin = None, initial.origin() if initial else None
@@ -354,6 +357,16 @@ def _saved(request: Request, out: Path) -> tuple[dict[str, Any], Recipe]:
             f"{'--recipe, which gives these, ' if request.recipe else 'these '}out or start anew"
         )
     return state, saved
+
+
+def _data_again(request: Request, state: dict[str, Any], out: Path, say: Callable[[str], None]) -> Dataset | None:
+    """The data that the run in ``out`` began with, unless others are named, or an older run does not say where."""
+    if request.data is not None or named_by_environment():
+        return None
+    dataset = data_of(state, out)
+    if dataset is not None:
+        say(f"data: {dataset.name} in {dataset.folder}, which the run began with")
+    return dataset
 
 
 def _check_free(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from rsengine import evaluate as evaluate_module
 from rsengine import train as train_module
 from rsengine.data import convert, identity_of, load_dataset
 from rsengine.run.checkpoint import load_checkpoint
+from rsengine.run.log import START, RunLog
 from tests.conftest import draw_classes
 
 RECIPE = """
@@ -77,6 +79,61 @@ def test_a_run_goes_on_with_the_same_data_made_again(begun, source, tmp_path, ca
     assert again.identity == dataset.identity == load_dataset(again.folder).identity != ""
     assert resume(run, again.folder) == 0
     assert "resumed at step" in capsys.readouterr().out
+
+
+def resume_without_data(run, monkeypatch, capsys):
+    """The status of a resume that names no data, and its lines on standard output and error."""
+    monkeypatch.setenv("RSENGINE_DATA", "")
+    status = train_module.main(["--resume", "--device", "cpu", "--out", str(run)])
+    return status, *(text.splitlines() for text in capsys.readouterr())
+
+
+def test_a_run_finds_the_data_that_it_began_with(begun, tmp_path, monkeypatch, capsys):
+    run, dataset = begun
+    monkeypatch.chdir(tmp_path)  # the folder is found from anywhere
+    (start, *_) = RunLog(run).records(START)
+    assert start["data"]["folder"] == str(dataset.folder)
+    assert start["data"]["checksum"] == dataset.checksum and start["data"]["sha256"] == dataset.sha256
+    status, out, _ = resume_without_data(run, monkeypatch, capsys)
+    assert status == 0 and out[0] == f"data: pets in {dataset.folder}, which the run began with"
+    assert any(line.startswith("resumed at step") for line in out)
+
+
+def test_the_environment_names_other_data(begun, source, tmp_path, monkeypatch, capsys):
+    run, dataset = begun
+    other = convert(source, tmp_path / "other", test_fraction=0.5, log=lambda line: None)
+    monkeypatch.setenv("RSENGINE_DATA", str(other.folder))
+    assert train_module.main(["--resume", "--device", "cpu", "--out", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert "the run was on other data (pets, " in error and f"in {dataset.folder}, identity " in error
+
+
+@pytest.mark.parametrize("left", ["gone", "others"])
+def test_data_that_are_not_where_they_were_are_an_error_with_their_path(
+    begun, source, tmp_path, monkeypatch, capsys, left
+):
+    run, moved = tmp_path / "run", tmp_path / "it's moved"
+    shutil.copytree(begun[1].folder, moved)
+    options = ["--recipe", str(begun[0].parent / "toy.toml"), "--device", "cpu", "--epochs", "1"]
+    assert train_module.main([*options, "--out", str(run), "--data", str(moved)]) == 0
+    shutil.rmtree(moved)
+    if left == "others":
+        convert(source, moved, test_fraction=0.5, log=lambda line: None)
+    capsys.readouterr()
+    before = (run / "checkpoint.pt").read_bytes()
+    status, _, errors = resume_without_data(run, monkeypatch, capsys)
+    (error,) = errors
+    why = {"gone": "which cannot be read (no dataset.json", "others": "where there are others now; name"}
+    assert status == 2 and f"the run was on the data in {moved}, {why[left]}" in error
+    assert error.endswith("name the run's data with --data") and (run / "checkpoint.pt").read_bytes() == before
+    assert resume(run, begun[1].folder) == 0
+
+
+def test_an_older_run_without_the_place_of_its_data_looks_for_them(older_run, tmp_path, monkeypatch, capsys, begun):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(begun[1].folder, tmp_path / "data" / "pets")
+    status, out, _ = resume_without_data(older_run, monkeypatch, capsys)
+    assert status == 0 and out[0] == "data: found data/pets"
 
 
 def test_the_identity_is_that_of_content_and_order(source, tmp_path):

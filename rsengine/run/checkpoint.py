@@ -104,6 +104,8 @@ def _check_data(data: Field) -> None:
     for key in ("name", "checksum", "identity"):
         if key in data:
             data[key].text()
+    if "folder" in data:
+        data["folder"].text(any_bytes=True)
     if "image_size" in data:
         for side in data["image_size"].items(2):
             side.integer(1, _MOST)

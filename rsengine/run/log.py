@@ -12,7 +12,8 @@ Every record has ``kind`` and ``step`` (optimiser steps done when it was written
     (seconds from the command to the end of the first optimiser step), ``device``, ``precision``, ``threads``,
     ``resumed``; optionally ``origin`` (of the weights that the run began with: ``path``, ``sha256``, and the ``mean``
     and ``std`` that came with them; null for random ones), ``data`` (``name``, ``identity``, ``train_images``,
-    ``test_images``), and ``machine`` and ``versions`` as :mod:`rsengine.run.machine` returns them.
+    ``test_images``, and as :class:`rsengine.data.Dataset` has them ``folder``, ``checksum`` and ``sha256``), and
+    ``machine`` and ``versions`` as :mod:`rsengine.run.machine` returns them.
 ``interval``
     One a log interval: ``epoch`` (float, epochs done), ``train_loss`` and ``train_accuracy`` (over the interval),
     ``learning_rate``, ``images_per_second``, ``seconds`` (training time so far); optionally ``loader_seconds`` (of the
@@ -125,7 +126,9 @@ class RunLog:
             TypeError: a value has no JSON form.
             WriteError: the disk refuses it.
         """
-        line = json.dumps(finite(record), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(finite(record), allow_nan=False, ensure_ascii=False)
+        # A name of a file that is no text has lone surrogates, which UTF-8 lacks and JSON can write as escapes.
+        line = line.encode("utf-8", "backslashreplace") + b"\n"
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with writing(self.path), open(self.path, "a+b", buffering=0) as file:

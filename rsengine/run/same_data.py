@@ -1,4 +1,4 @@
-"""Whether a run goes on with the data it began with."""
+"""Whether a run goes on with the data it began with, and where these are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rsengine.checked import shown
-from rsengine.data import Dataset, identity_of
+from rsengine.data import DataError, Dataset, identity_of, load_dataset
 from rsengine.output import counted
 from rsengine.run.checkpoint import CheckpointError
 from rsengine.run.files import CHECKPOINT_FILE, WEIGHTS_FILE, utf8_path
@@ -20,11 +20,38 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
     return {
         "identity": identity_of(dataset),
         "name": dataset.name,
+        "folder": str(dataset.folder.absolute()),
         "checksum": dataset.checksum,
         "image_size": list(dataset.image_size),
         "counts": [dataset.train_count, dataset.test_count],
         "options": {key: dataset.options[key] for key in OPTIONS if dataset.options.get(key) is not None},
     }
+
+
+def data_of(state: dict[str, Any], folder: Path) -> Dataset | None:
+    """The data of the run in ``folder``, whose checkpoint is ``state``, where they were; None where it does not say.
+
+    Raises:
+        CheckpointError: they are not there any more, or others are.
+    """
+    saved = state["dataset"]
+    if "folder" not in saved:
+        return None
+    remedy = "name the run's data with --data"
+    try:
+        dataset = load_dataset(saved["folder"])
+    except DataError as error:
+        said = str(error).partition("; ")[0].removeprefix(f"{saved['folder']}: ")
+        raise CheckpointError(
+            f"{folder / CHECKPOINT_FILE}: the run was on the data in {saved['folder']}, which cannot be read ({said}); "
+            f"{remedy}"
+        ) from error
+    if identity_of(dataset) != saved.get("identity"):
+        raise CheckpointError(
+            f"{folder / CHECKPOINT_FILE}: the run was on the data in {saved['folder']}, where there are others now; "
+            f"{remedy}"
+        )
+    return dataset
 
 
 def refuse_other_data(state: dict[str, Any], dataset: Dataset, folder: Path, steps_per_epoch: int) -> None:
@@ -52,6 +79,7 @@ def _in_words(data: dict[str, Any]) -> str:
     if "counts" in data:
         words.append(f"{data['counts'][0]:,} + {counted(data['counts'][1], 'image')}")
     words += [f"--{key.replace('_', '-')} {shown(value)}" for key, value in data.get("options", {}).items()]
+    words += [f"in {data['folder']}"] if "folder" in data else []
     key = "identity" if "identity" in data else "checksum"  # they differ where nothing else does
     return ", ".join([*words, f"{key} {str(data.get(key))[:8]}…"])
 

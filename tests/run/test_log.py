@@ -27,7 +27,7 @@ def test_records_come_back_in_order_and_by_kind(tmp_path):
     written = [
         {"kind": "start", "step": 0, "device": "cpu", "resumed": False, "threads": 2},
         {"kind": "interval", "step": 10, "epoch": 0.5, "train_loss": 2.25},
-        {"kind": "epoch", "step": 20, "epoch": 1, "test_accuracy_ema": None, "note": "é\u2028\n"},
+        {"kind": "epoch", "step": 20, "epoch": 1, "test_accuracy_ema": None, "note": "é\u2028\n\udce9"},
     ]
     for record in written:
         log.append(record)
