@@ -23,6 +23,7 @@ from rsengine.errors import SettingsError, run_command
 from rsengine.export import Classifier, load_classifier
 from rsengine.input.choose import choose_loader
 from rsengine.output import add_output_options, counted, escaped, parsed, print_json, program, speaker
+from rsengine.run.same_data import relation_of
 from rsengine.run.weights import WeightsError
 
 BATCH = 500
@@ -103,6 +104,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise WeightsError(
             f"{arguments.run}: trained on other classes than {dataset.name} has; give the data it learned with --data"
         )
+    relation = relation_of(dataset, classifier.path if classifier.path.is_dir() else classifier.path.parent)
+    for line in relation.lines(dataset):
+        say(line)
     result = measure(classifier, _batches(dataset, classifier, arguments.size), flip=arguments.flip)
     calibration = result.predictions.calibration()
     how = " (mean of each image and its mirror image)" if arguments.flip else ""
@@ -123,6 +127,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             "weights": str(classifier.path),
             "format": classifier.kind,
             "dataset": dataset.name,
+            "folder": str(dataset.folder),
+            "run_data": relation.kind,
+            "trained_on": relation.trained_on,
             "test_images": count,
             "flip": arguments.flip,
             "size": arguments.size,

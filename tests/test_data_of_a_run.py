@@ -4,12 +4,16 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from rsengine import evaluate as evaluate_module
 from rsengine import train as train_module
 from rsengine.data import convert, identity_of, load_dataset
+from rsengine.data.beton.reader import BetonReader
+from rsengine.data.identity import images_in_common
+from rsengine.data.sources.archives import file_digest
 from rsengine.run.checkpoint import load_checkpoint
 from rsengine.run.log import START, RunLog
 from tests.conftest import draw_classes
@@ -201,6 +205,100 @@ def test_an_older_checkpoint_is_refused_where_something_contradicts(
         (older_run / "weights.safetensors").unlink()
     assert resume(older_run, other.folder) == 2
     assert "the run was on other data (pets, checksum" in capsys.readouterr().err
+
+
+@pytest.fixture
+def measured(monkeypatch, capsys):
+    """Evaluates a run on a data set: what the command says of the data, and the object that it prints."""
+
+    def evaluate(run, folder):
+        assert evaluate_module.main([str(run), "--device", "cpu", "--data", str(folder), "--json"]) == 0
+        captured = capsys.readouterr()
+        lines = [line for line in captured.err.splitlines() if line.startswith(("measuring ", "warning: "))]
+        found = json.loads(captured.out)
+        return lines, found["run_data"], found["trained_on"]
+
+    return evaluate
+
+
+OWN = "pets, 9 test images"
+
+
+def test_it_is_said_whether_a_run_knows_the_data_it_is_measured_on(begun, source, tmp_path, measured):
+    run, dataset = begun
+
+    def converted(name, given=source, **options):
+        return convert(given, tmp_path / name, log=lambda line: None, **options)
+
+    lines, *rest = measured(run, dataset.folder)
+    assert lines == [f"measuring {OWN}: the data that the run was trained and tested on"] and rest == ["same", None]
+
+    other = converted("other", test_fraction=0.5)
+    lines, *rest = measured(run, other.folder)
+    seen = images_in_common(dataset.train_beton, other.test_beton)
+    assert 0 < seen < 18 and rest == ["same source", seen]
+    assert lines == [
+        f"measuring pets, 18 test images: another split or conversion of the run's source, not what it was tested on "
+        f"({OWN})",
+        f"warning: the run was trained on {seen} of these 18 test images; the accuracy is not that on new images",
+    ]
+
+    draw_classes(tmp_path / "new" / "pets", 4, seed=5)
+    lines, *rest = measured(run, converted("else", tmp_path / "new" / "pets", test_fraction=0.25).folder)
+    assert lines == [f"measuring pets, 3 test images: other data than the run's ({OWN})"] and rest == ["other", 0]
+
+
+def split_again(dataset, folder, **files):
+    """The data set with other files for its splits."""
+    folder.mkdir()
+    content = json.loads((dataset.folder / "dataset.json").read_text())
+    for split, beton in files.items():
+        shutil.copy(beton, folder / f"{split}.beton")
+        counts = np.bincount(BetonReader(beton).labels).tolist()
+        content["counts"][split], content["class_counts"][split] = sum(counts), counts
+    del content["identity"]
+    content["sha256"] = {split: file_digest(folder / f"{split}.beton", "sha256") for split in files}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_the_same_test_set_and_the_training_images_are_known(begun, tmp_path, measured):
+    run, dataset = begun
+    train, test = dataset.train_beton, dataset.test_beton
+    lines, *rest = measured(run, split_again(dataset, tmp_path / "a", train=test, test=test))
+    assert lines == [f"measuring {OWN}: the test set that the run was tested on, beside other training images"]
+    assert rest == ["same test set", None]
+    lines, *rest = measured(run, split_again(dataset, tmp_path / "b", train=test, test=train))
+    assert lines[0] == f"measuring pets, 27 test images: the training images of the run, which was tested on {OWN}"
+    assert lines[1].startswith("warning: the run was trained on 27 of these 27 test images;")
+    assert rest == ["same source", 27]
+
+
+@pytest.mark.parametrize(
+    ("change", "relation", "words"),
+    [
+        (lambda data: data.update(folder="/nowhere"), "same source", "; its training images are not there"),
+        (
+            lambda data: [data.pop(key) for key in ("folder", "checksum", "sha256")],
+            "other",
+            "not the data that the run",
+        ),
+        (lambda data: data.clear(), "unknown", "nothing says which data the network was trained and tested on"),
+        (lambda data: data.update(folder=5), "unknown", "is lost ("),
+    ],
+    ids=["gone", "an older log", "no word", "damaged"],
+)
+def test_what_a_log_does_not_say_is_not_claimed(begun, source, tmp_path, measured, change, relation, words):
+    run = tmp_path / "run"
+    shutil.copytree(begun[0], run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "data" in line:
+            change(line["data"])
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    other = convert(source, tmp_path / "other", test_fraction=0.5, log=lambda line: None)
+    (said,), kind, seen = measured(run, other.folder)
+    assert words in said and (kind, seen) == (relation, None)
 
 
 @pytest.mark.parametrize("size", [16, 64])

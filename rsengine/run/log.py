@@ -78,6 +78,22 @@ def _versions(field: Field) -> None:
         _perhaps(Field.text)(version)
 
 
+def _data(field: Field) -> None:
+    """What a trainer says of its data set; older versions said less."""
+    for key, check in _DATA.items():
+        if key in field:
+            check(field[key])
+
+
+def _name(field: Field) -> None:
+    field.text(any_bytes=True)  # of a file, as a rule
+
+
+_DATA = {
+    **dict.fromkeys(("name", "identity", "folder", "checksum"), _name),
+    **dict.fromkeys(("train_images", "test_images"), _count),
+    "sha256": lambda field: [each.text() for each in field.fields()],
+}
 _MACHINE = {
     **dict.fromkeys(("processor", "os", "python"), _perhaps(Field.text)),
     **dict.fromkeys(("physical_cores", "logical_cores"), _perhaps(_count)),
@@ -97,6 +113,7 @@ _FIELDS: dict[str, dict[str, Callable[[Field], object]]] = {
     INTERVAL: {"epoch": _amount, **_SCORES, **_TIMES},
     EPOCH: {"epoch": _count, **_SCORES, **_TIMES, **_TESTS, "epoch_seconds": _amount, "eval_seconds": _amount},
 }
+_OPTIONAL: dict[str, dict[str, Callable[[Field], object]]] = {START: {"data": _perhaps(_data)}}
 
 
 class LogError(UserError, ValueError):
@@ -191,6 +208,9 @@ class RunLog:
             try:
                 for name, check in _FIELDS.get(record["kind"], {}).items():
                     check(Field(record)[name])
+                for name, check in _OPTIONAL.get(record["kind"], {}).items():
+                    if name in record:
+                        check(Field(record)[name])
             except FieldError as error:
                 raise self._damaged(number, str(error)) from error
 

@@ -1,16 +1,20 @@
-"""Whether a run goes on with the data it began with, and where these are."""
+"""Whether a run goes on with the data it began with, where these are, and how others stand to them."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rsengine.checked import shown
 from rsengine.data import DataError, Dataset, identity_of, load_dataset
+from rsengine.data.identity import images_in_common
+from rsengine.data.paths import BETONS
 from rsengine.output import counted
 from rsengine.run.checkpoint import CheckpointError
 from rsengine.run.files import CHECKPOINT_FILE, WEIGHTS_FILE, utf8_path
+from rsengine.run.log import START, LogError, RunLog
 
 OPTIONS = ("size", "test_fraction", "validation", "seed")  # of the conversion, those that make other splits
 
@@ -26,6 +30,79 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
         "counts": [dataset.train_count, dataset.test_count],
         "options": {key: dataset.options[key] for key in OPTIONS if dataset.options.get(key) is not None},
     }
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How a test set stands to the data of a run.
+
+    Attributes:
+        kind: ``same``: the run's data; ``same test set``, beside other training images; ``same source``, in another
+            split or conversion; ``other``; or ``unknown``.
+        words: the same for people.
+        trained_on: how many of its images the run was trained on; None where they are the run's own test set, or its
+            training images are not there to tell.
+    """
+
+    kind: str
+    words: str
+    trained_on: int | None = None
+
+    def lines(self, dataset: Dataset) -> list[str]:
+        """For the user: which data are measured, and whether the run has learned them."""
+        count = counted(dataset.test_count, "test image")
+        found = [f"measuring {dataset.name}, {count}: {self.words}"]
+        if self.trained_on:
+            found.append(
+                f"warning: the run was trained on {self.trained_on:,} of these {count}; "
+                "the accuracy is not that on new images"
+            )
+        return found
+
+
+def relation_of(dataset: Dataset, folder: Path) -> Relation:
+    """How ``dataset``, which is to be measured, stands to the data of the run in ``folder``, by the run's log.
+
+    Raises:
+        DataError: an image of either cannot be read.
+    """
+    log = RunLog(folder)
+    try:
+        log.check()
+    except LogError as error:  # the weights are as good without it
+        return Relation("unknown", f"which data the network was trained and tested on is lost ({error})")
+    starts = log.records(START)
+    recorded = (starts[-1].get("data") if starts else None) or {}
+    if not recorded.get("identity"):
+        return Relation("unknown", "nothing says which data the network was trained and tested on")
+    if recorded["identity"] == identity_of(dataset):
+        return Relation("same", "the data that the run was trained and tested on")
+    sums = recorded.get("sha256") or {}
+    trained, tested = (sums.get(split) for split in BETONS)
+    if tested is not None and tested == dataset.sha256.get("test"):
+        return Relation("same test set", "the test set that the run was tested on, beside other training images")
+    own = f"{recorded.get('name')}, {counted(recorded.get('test_images') or 0, 'test image')}"
+    if trained is not None and trained == dataset.sha256.get("test"):
+        return Relation("same source", f"the training images of the run, which was tested on {own}", dataset.test_count)
+    seen = _images_seen(dataset, recorded)
+    unseen = "" if seen is not None else "; its training images are not there to compare with"
+    if recorded.get("checksum") == dataset.checksum:
+        words = f"another split or conversion of the run's source, not what it was tested on ({own})"
+        return Relation("same source", words + unseen, seen)
+    if "checksum" not in recorded:  # of an older version
+        return Relation("other", f"not the data that the run was trained and tested on ({own})", seen)
+    return Relation("other", f"other data than the run's ({own}){unseen}", seen)
+
+
+def _images_seen(dataset: Dataset, recorded: dict[str, Any]) -> int | None:
+    """How many test images the run was trained on; None where its data are not there any more, or were changed."""
+    try:
+        own = load_dataset(recorded["folder"])
+    except (DataError, KeyError):
+        return None
+    if identity_of(own) != recorded["identity"]:
+        return None
+    return images_in_common(own.train_beton, dataset.test_beton)
 
 
 def data_of(state: dict[str, Any], folder: Path) -> Dataset | None:
