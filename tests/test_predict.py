@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,27 @@ def test_labelled_input_is_measured(run, folder, capsys):
     assert {path.name for path in Path("drawn").iterdir()} == {"confusion.png", "mistakes.png"}
     assert call(run, "x.npz") == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("--pictures DIR draws")
+
+
+def test_folders_that_are_no_class_are_named_with_what_is_not_scored(run, folder, capsys):
+    for name in ("猫/1", "猫/2", "caf\udce9/deep/1", "Dog/1", "Dog/deep/2", "x\ny/1", "loose"):
+        draw(f"in/{name}.png")
+    assert call(run, "in") == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = "in: Dog (2 pictures), x\\ny (1 picture) are no classes of the network, so 3 pictures are not scored"
+    assert lines[1] == said and sum(line.startswith("in/") for line in lines) == 7
+    assert any(line.endswith("on 3 labelled images") for line in lines)
+    shutil.rmtree("in/Dog")
+    assert call(run, "in") == 0
+    said = "in: x\\ny (1 picture) is no class of the network, so 1 picture is not scored"
+    assert capsys.readouterr().out.splitlines()[1] == said
+
+
+def test_labels_in_another_case_are_no_classes_and_folders_without_any_are_no_labels(run, folder, capsys):
+    draw("in/TWO\nLINES/1.png"), draw("other/2026/1.png"), draw("right/猫/1.png")
+    assert call(run, "in", "other", "right") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "of the network" in line]
+    assert line.startswith("in: TWO\\nLINES (1 picture) is no class")
 
 
 @pytest.mark.parametrize(

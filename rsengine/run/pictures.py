@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -20,10 +21,12 @@ from PIL import Image
 from rsengine.checked import Field, FieldError
 from rsengine.data import DataError
 from rsengine.data.beton.reader import BetonReader
+from rsengine.data.errors import few
 from rsengine.data.paths import DESCRIPTION
 from rsengine.data.sources.arrays import IMAGES, LABELS
 from rsengine.data.sources.images import FORMATS, SUFFIXES, decode_rgb, resize_and_crop
 from rsengine.data.sources.tree import walk
+from rsengine.output import counted, escaped
 
 ARRAYS, BETON = (".npy", ".npz"), ".beton"
 STARTS_PROGRAMS = {"EPS"}  # whose decoder in Pillow does
@@ -48,11 +51,11 @@ def pictures(
         given: of a folder, all pictures below it are meant, by name.
         size: (height, width) of the network's images.
         classes: of the network.
-        say: called with a line where a source has labels that say nothing of these classes.
+        say: called with a line where a source has labels, and some or all say nothing of these classes.
     """
     for path in given:
         if os.path.isdir(path):
-            yield from _folder(path, size, classes)
+            yield from _folder(path, size, classes, say)
         elif path.suffix.lower() in ARRAYS:
             yield from _each(path, size, lambda path: _arrays(path, len(classes)))
         elif path.suffix.lower() == BETON:
@@ -101,7 +104,9 @@ def _file(path: Path, size: tuple[int, int], label: int | None) -> Picture | Dat
         return error
 
 
-def _folder(path: Path, size: tuple[int, int], classes: Sequence[str]) -> Iterator[Picture | DataError]:
+def _folder(
+    path: Path, size: tuple[int, int], classes: Sequence[str], say: Callable[[str], None]
+) -> Iterator[Picture | DataError]:
     try:
         files, _ = walk(path)
     except DataError as error:
@@ -111,9 +116,24 @@ def _folder(path: Path, size: tuple[int, int], classes: Sequence[str]) -> Iterat
     if not names:
         yield DataError(f"{path}: holds no pictures ({', '.join(sorted(IN_FOLDERS))})")
     numbers = {name: number for number, name in enumerate(classes)}
+    if line := _unknown_labels(path, names, classes):
+        say(line)
     for name in names:
         first, *below = PurePath(name).parts
         yield _file(path / name, size, numbers.get(first) if below else None)
+
+
+def _unknown_labels(path: Path, names: Sequence[str], classes: Sequence[str]) -> str | None:
+    """A line on the first folders below ``path`` that are no class, where others are, or are but for their case."""
+    found = Counter(PurePath(name).parts[0] for name in names if len(PurePath(name).parts) > 1)
+    known = {name.casefold() for name in classes}
+    unknown = {name: number for name, number in found.items() if name not in classes}
+    if not unknown or not any(name.casefold() in known for name in found):
+        return None
+    named = few([f"{escaped(name)} ({counted(number, 'picture')})" for name, number in unknown.items()])
+    total = sum(unknown.values())
+    are, score = "is no class" if len(unknown) == 1 else "are no classes", "is" if total == 1 else "are"
+    return f"{escaped(path)}: {named} {are} of the network, so {counted(total, 'picture')} {score} not scored"
 
 
 Many = tuple[Callable[[int], np.ndarray], int, "np.ndarray | None"]  # an image by its place, how many, their labels

@@ -52,7 +52,9 @@ def test_folders_named_as_classes_label_their_pictures(tmp_path):
     for name in ("circle/a.png", "stripes/deep/b.png", "other/c.png", "d.png", "circle.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(images(1)[0]).save(tmp_path / name)
-    found = {Path(each.name).name: each.label for each in read(tmp_path)}
+    said = []
+    found = {Path(each.name).name: each.label for each in read(tmp_path, say=said.append)}
+    assert said == [f"{tmp_path}: other (1 picture) is no class of the network, so 1 picture is not scored"]
     assert found == {"a.png": 0, "b.png": 2, "c.png": None, "d.png": None, "circle.png": None}
 
 
