@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
-from torch import Tensor, nn
+from torch import nn
 
 from rsengine.config import Recipe
 from rsengine.device import Execution
 from rsengine.engine.evaluation import EvaluationStep
 from rsengine.engine.step import TrainStep
+from rsengine.input.resident import ResidentData
 from rsengine.model import ResNetRS, resnet_rs
 from rsengine.model.layers import use_products, use_ranks, use_sync_batch_norm
 from rsengine.model.preprocess import Preprocess
@@ -31,7 +32,7 @@ def build_step(
     execution: Execution,
     steps_per_epoch: int,
     *,
-    resident: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+    resident: ResidentData | None = None,
     model: nn.Module | None = None,
     ranks: Ranks = ALONE,
 ) -> TrainStep:
@@ -39,10 +40,17 @@ def build_step(
 
     Args:
         mean, std: of the data set, three numbers each, in units of 0 to 1.
-        resident: as :class:`TrainStep` takes it.
+        resident: as :class:`TrainStep` takes it, of as many steps an epoch.
         model: a network to train in place of the recipe's own.
         ranks: the processes that share each batch, as :class:`TrainStep` takes them.
+
+    Raises:
+        ValueError: ``resident`` has batches of another number of steps: its table would end before the step's do.
     """
+    if resident is not None and resident.steps_per_epoch != steps_per_epoch:
+        raise ValueError(
+            f"resident: expected data of {steps_per_epoch} steps an epoch; got those of {resident.steps_per_epoch}"
+        )
     model = build_model(recipe, num_classes) if model is None else model
     use_products(model, recipe.train.convolutions)
     use_ranks(model, ranks)

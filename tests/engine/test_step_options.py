@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rsengine.config import load_recipe
 from rsengine.device import Execution
+from rsengine.engine.build import build_step
 from rsengine.engine.update import clip_by_global_norm_
+from rsengine.input.resident import ResidentData
 from rsengine.model import resnet_rs
 from tests.augment.test_mixup import mix_by_hand
 from tests.engine.test_step import FP32, MEAN, STD, batches, build, small
@@ -270,6 +273,14 @@ def test_resident_batches_come_by_the_counter():
         step(*stored[0])
     with pytest.raises(ValueError, match="step: expected images and labels; got none and none"):
         build(small())()
+
+
+def test_resident_data_of_another_number_of_steps_are_refused():
+    recipe = load_recipe("quickstart").with_settings(["train.loader=resident", "train.batch_size=4", "train.epochs=1"])
+    images, labels = torch.zeros((8, 32, 32, 3), dtype=torch.uint8), torch.zeros(8, dtype=torch.int64)
+    data = ResidentData(recipe, images, labels, MEAN, STD, FP32, 2)
+    with pytest.raises(ValueError, match="resident: expected data of 3 steps an epoch; got those of 2"):
+        build_step(recipe, 10, MEAN, STD, FP32, 3, resident=data)
 
 
 # --- all of it ------------------------------------------------------------------------------------------------------

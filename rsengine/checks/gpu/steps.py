@@ -26,8 +26,10 @@ def make_step(recipe: Recipe, device: Device, *, bf16: bool) -> TrainStep:
     """A step of ``recipe``, with weights drawn from its seed."""
     torch.manual_seed(recipe.train.seed)
     execution = execution_on(device, bf16)
-    data = resident_batches(recipe, device, bf16) if recipe.train.loader == "resident" else None
-    return build_step(recipe, CLASSES, MEAN, STD, execution, STEPS_PER_EPOCH, resident=data)
+    if recipe.train.loader != "resident":
+        return build_step(recipe, CLASSES, MEAN, STD, execution, STEPS_PER_EPOCH)
+    data = resident_batches(recipe, device, bf16)
+    return build_step(recipe, CLASSES, MEAN, STD, execution, data.steps_per_epoch, resident=data)
 
 
 def execution_on(device: Device, bf16: bool) -> Execution:

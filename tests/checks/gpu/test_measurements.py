@@ -105,6 +105,14 @@ def test_throughput_has_every_way():
         assert way["kernels"] == 3 and way["idle_share"] == pytest.approx(0.3)
 
 
+def test_a_resident_way_runs_on_after_the_last_of_its_batches():
+    """A timing takes many more steps than there are batches; past the end of a table a GPU ends its context."""
+    recipe = setup().recipe()
+    run = steps.Way("", graph=True, resident=True).prepare(recipe, StandIn())
+    for _ in range(steps.KEPT_BATCHES * recipe.train.epochs + 1):
+        run()
+
+
 def test_the_compiled_ways(monkeypatch):
     compiled = []
     monkeypatch.setattr(steps, "compile_forward", compiled.append)  # minutes, and of no interest here
