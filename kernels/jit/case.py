@@ -46,8 +46,8 @@ class CompileCase:
     """One launch of an op at a real shape.
 
     name: op, pass, dtype and shape, for display.
-    launch: ``launch(size)`` makes its operands with ``torch.empty`` on the CPU, calls the op's launcher and returns the
-        large operands by name. Under the offline compiler nothing runs; under the interpreter it counts bytes.
+    launch: ``launch(size)`` makes its operands with ``torch.empty`` on the default device, calls the op's launcher and
+        returns the large operands by name. Under the offline compiler nothing runs; the interpreter counts bytes.
     size: the real size (the batch; for the multi-tensor ops the number of parameters): report and predicted time.
     small: a size the interpreter can run, at which the bytes of each stream are counted and must equal what it says.
     budgets: by kernel function name; every kernel the launcher launches has one.

@@ -25,7 +25,7 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
     for case in all_cases()[row]:
         found: dict[str, Any] = {"case": case.name}
         try:
-            with torch.device(setup.device.device):
+            with torch.device(setup.device.device):  # at each call: a case makes its operands in it
                 streams = case.launch(case.size)
                 found["bytes"] = sum(stream.bytes for stream in streams.values())
                 del streams
@@ -34,7 +34,7 @@ def measure(row: str, setup: Setup) -> dict[str, Any]:
                     "eager": case.eager(rsengine.kernels, case.size),
                 }
                 counted = {} if case.uses_library else {"ours": set(case.budgets)}
-            times = microseconds(setup, runs, counted)
+                times = microseconds(setup, runs, counted)
             found |= {f"{name}_us": value for name, value in times.items()}
             found["bound_us"] = found["bytes"] / rate * 1e6
             setup.log(

@@ -16,6 +16,8 @@ from rsengine.checks.gpu.equality import difference, loss_difference
 from rsengine.checks.launches import CASTS, EPILOGUE, GRADIENTS, PARTS, PRODUCTS, UPDATE, part_of
 from rsengine.checks.trace import Operation
 from rsengine.engine.build import build_model
+from rsengine.kernels.jit.case import CompileCase
+from rsengine.kernels.proof import compile_report
 from rsengine.kernels.proof.compile_report import all_cases
 from tests.checks.gpu.stand_in import ROUNDS, Spoiled, StandIn, setup
 
@@ -320,6 +322,29 @@ def test_kernel_times_are_medians_of_rounds_in_turn_with_flushes_between(monkeyp
 
     with pytest.raises(RuntimeError, match=r"eager: expected the same kernels in each call; the profiler saw \[1, 2\]"):
         kernels.microseconds(setup(Uneven()), runs, {"ours": {"ours"}})
+
+
+def test_a_case_makes_its_operands_on_the_device_at_each_call(monkeypatch):
+    devices = []
+
+    def launch(size):
+        devices.append(torch.empty(size).device.type)
+        return {}
+
+    case = CompileCase("a case", launch, 1, 1, {}, lambda ops, size: lambda: launch(size))
+    monkeypatch.setattr(compile_report, "all_cases", lambda: {"op": [case]})
+    monkeypatch.setattr(kernels, "copy_rate", lambda device: 1.0)
+
+    class Elsewhere(StandIn):
+        device = torch.device("meta")
+
+        def profile(self, run):
+            run()
+            ran = [(kernels.FLUSH_KERNEL, "kernel")] * 2 * (kernels.ROUNDS + 1)
+            return [Work(name, i, i + 1) for i, name in enumerate(name for names in ran for name in names)]
+
+    assert kernels.measure("op", setup(Elsewhere()))["wrong"] == []
+    assert set(devices) == {"meta"} and len(devices) == 1 + 2 * (kernels.ROUNDS + 2)
 
 
 @pytest.mark.parametrize("case", [c for cases in all_cases().values() for c in cases], ids=lambda case: case.name)
