@@ -202,10 +202,10 @@ def _affine(images, setting, policy, bilinear, fill) -> Tensor:
 
 def _pixels(images: Tensor, row: Tensor, column: Tensor) -> Tensor:
     """(N, H, W, 3): the pixel at (N, H, W) places, moved into the image where they are outside."""
-    count, height, width, channels = images.shape
+    _, height, width, channels = images.shape
     place = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-    place = place.view(count, -1, 1).expand(-1, -1, channels)
-    return images.view(count, -1, channels).gather(1, place).view_as(images)
+    place = place.flatten(1).unsqueeze(2).expand(-1, -1, channels)
+    return images.flatten(1, 2).gather(1, place).view_as(images)
 
 
 def _affine_bilinear(images, matrix, x, y, fill) -> Tensor:

@@ -155,7 +155,9 @@ def test_the_form_for_devices_equals_the_form_for_the_cpu(settings, monkeypatch)
     expected = augment(images, indices, torch.tensor(2))
     monkeypatch.setattr(torch.Tensor, "nonzero", None)  # only the CPU's form reads where the images are
     with eager_only(host_reads=False):
-        assert torch.equal(augment(images, indices, torch.tensor(2)), expected)
+        out = augment(images, indices, torch.tensor(2))
+        assert torch.equal(out, expected)
+        assert augment(images, indices[:0], torch.tensor(2)).shape == (0, 12, 10, 3)
 
 
 def test_a_batch_can_be_made_again_alone():
