@@ -270,7 +270,7 @@ def _sharpness(images, setting, policy, bilinear, fill) -> Tensor:
 def _by_channel(images: Tensor, tables: Tensor) -> Tensor:
     """``tables``: (N, 3, 256) uint8."""
     values = images.flatten(1, 2).transpose(1, 2).long()  # (N, 3, H * W)
-    return tables.gather(2, values).transpose(1, 2).reshape(images.shape)
+    return tables.gather(2, values).transpose(1, 2).contiguous().view_as(images)  # else the batch would lie by channels
 
 
 def _autocontrast(images, setting, policy, bilinear, fill) -> Tensor:

@@ -154,9 +154,12 @@ def test_the_form_for_devices_equals_the_form_for_the_cpu(settings, monkeypatch)
     augment = DeviceAugment(section(**settings), (12, 10), MEAN, seed=3)
     expected = augment(images, indices, torch.tensor(2))
     monkeypatch.setattr(torch.Tensor, "nonzero", None)  # only the CPU's form reads where the images are
+    normalised = DeviceAugment(section(**settings), (12, 10), MEAN, seed=3, preprocess=Preprocess(MEAN, (0.2,) * 3))
     with eager_only(host_reads=False):
         out = augment(images, indices, torch.tensor(2))
-        assert torch.equal(out, expected)
+        assert torch.equal(out, expected) and out.is_contiguous()
+        out = normalised(images, indices, torch.tensor(2))
+        assert out.is_contiguous(memory_format=torch.channels_last)
         assert augment(images, indices[:0], torch.tensor(2)).shape == (0, 12, 10, 3)
 
 
