@@ -371,7 +371,7 @@ def _gradient(
     g = _relu_gradient(tl.load(dy_ptr + offs, mask=mask, other=0.0), y_ptr + offs, mask)
     tl.store(dshortcut_ptr + offs, g, mask=mask)
 
-    rows = (n * PIXELS).to(tl.float32)
+    rows = tl.cast(n * PIXELS, tl.float32)  # a function: with one image n is a constant, which has no methods
     deviation = tl.load(deviation_ptr + offs_c, mask=mask_c, other=0.0)
     scale = tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0) * deviation
     slope = scale * deviation * tl.load(dweight_ptr + offs_c, mask=mask_c, other=0.0) / rows

@@ -50,6 +50,20 @@ def test_machine_code_keeps_to_its_budget(name, arch):
         assert compile_report.programs_at_once(arch, launch.code) >= 1, f"{launch.kernel_name} cannot be launched"
 
 
+# Every form of every op, of maps at the shapes that compile fastest.
+SHORT = [name for name in CASES if re.search(r"bfloat16, (256x8x8|256x16x16|2048x1x1)$|^(?!batch_norm|squeeze)", name)]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in SHORT else pytest.mark.thorough) for name in CASES]
+)
+def test_compiles_for_one(name):
+    """One image, row or parameter: an argument of 1 becomes a constant without methods, but not in the interpreter."""
+    with offline.compiling_for("sm_90") as launches:
+        CASES[name].launch(1)
+    assert launches
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", CASES)
 def test_compiles_for_amd_without_spills(name):
