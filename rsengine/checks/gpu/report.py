@@ -211,10 +211,11 @@ def _training_lines(results: Results) -> Iterator[str]:
     for name, row in {**_good(results, "train"), **_good(results, "speedrun")}.items():
         if not row["epochs"]:
             continue
+        took = f" in {row['run_seconds']:.1f} s" if row.get("run_seconds") else ""  # the first results lack it
         goal = f", {row['goal']:.2%} after {row['seconds_to_goal']:.1f} s" if row["seconds_to_goal"] is not None else ""
         yield (
-            f"{name}, {row['data']}: {row['accuracy'][-1]:.2%} after {counted(row['epochs'][-1], 'epoch')} in "
-            f"{row['seconds']:.1f} s{goal}; {row['images_per_second'][-1]:,.0f} images/s in the last; first step after "
+            f"{name}, {row['data']}: {row['accuracy'][-1]:.2%} after {counted(row['epochs'][-1], 'epoch')}"
+            f"{took}{goal}; {row['images_per_second'][-1]:,.0f} images/s in the last; first step after "
             f"{row['first_step_s']:.1f} s"
         )
 

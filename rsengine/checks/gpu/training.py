@@ -81,7 +81,7 @@ def summary(records: list[dict[str, Any]], goal: float | None) -> dict[str, Any]
         "accuracy": [accuracy(record) for record in epochs],
         "images_per_second": [record["images_per_second"] for record in epochs],
         "evaluation_s": [record["eval_seconds"] for record in epochs],
-        "seconds": epochs[-1]["seconds"] if epochs else None,
+        "run_seconds": epochs[-1]["seconds"] if epochs else None,  # "seconds" are the row's, conversion included
         "goal": goal,
         "seconds_to_goal": reached["seconds"] if reached else None,
     }
