@@ -7,7 +7,7 @@ from typing import Any
 
 from rsengine.checks.gpu.candidates import CANDIDATES
 
-START_SECONDS = 6.0  # predicted: a process that imports PyTorch and opens the GPU
+START_SECONDS = 5.0  # of a process that imports PyTorch and opens the GPU
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Row:
     """One measurement.
 
     Attributes:
-        seconds: predicted time on an H100; see ``docs/gpu-check.md``.
+        seconds: predicted time, from what rows took on an H200; see ``docs/gpu-check.md``.
         limit: seconds after which it is ended.
         essential: belongs to a first call. The other rows follow as time allows.
         on_cpu: makes sense in a dry run without a GPU.
@@ -56,45 +56,70 @@ CARD = Part(  # belongs to every call
     "card",
     "name, versions, clocks, copy rate and product rate; which implementation of each op runs, and why",
     "rsengine.checks.gpu.card",
-    (Row("card", 4, 60, on_cpu=True),),
+    (Row("card", 1, 60, on_cpu=True),),
 )
 PARTS = (
     CARD,
+    Part(
+        "compilation",
+        "the kernels of the parts that follow, compiled by all cores at once",
+        "rsengine.checks.gpu.compilation",
+        (Row("kernels of the steps", 30, 90),),
+    ),
     Part(
         "smoke",
         "each fused op once against eager; a tiny captured step against a plain one; profiler; feeder",
         "rsengine.checks.gpu.smoke",
         (
-            Row("cross-entropy", 3, 40),
-            Row("batch norm", 4, 60),
+            Row("cross-entropy", 6, 40),
+            Row("batch norm", 3, 60),
             Row("block epilogue", 6, 60),
-            Row("update", 2, 40),
-            Row("augmentation", 3, 40),
-            Row("captured step", 4, 60),
-            Row("profiler", 2, 40),
-            Row("feeder", 3, 60, on_cpu=True),
+            Row("update", 1, 40),
+            Row("augmentation", 2, 40),
+            Row("captured step", 6, 60),
+            Row("profiler", 1, 40),
+            Row("feeder", 9, 60, on_cpu=True),
         ),
     ),
     Part(
         "equality",
         "200 captured steps against 200 plain ones",
         "rsengine.checks.gpu.equality",
-        (Row("float32", 12, 60), Row("bfloat16", 12, 60)),
+        (Row("float32", 25, 90), Row("bfloat16", 22, 90)),
     ),
     Part(
         "random",
         "masks and augmentations that differ between replays; resident batches that are the plain ones",
         "rsengine.checks.gpu.random_numbers",
-        (Row("masks", 4, 40), Row("resident batches", 3, 40)),
+        (Row("masks", 8, 40), Row("resident batches", 3, 40)),
+    ),
+    Part(
+        "tests",
+        "the kernel tests on the GPU, distributed over the cores",
+        "rsengine.checks.gpu.suites",
+        (_extra("kernel tests", 130, 240),),
+    ),
+    Part(
+        "kernels",
+        "every compile case against its bound at the copy rate measured there, and against eager",
+        "rsengine.checks.gpu.kernels",
+        (
+            _extra("block_epilogue", 45, 100),
+            _extra("ema", 10, 60),
+            _extra("batch_norm", 40, 100),
+            _extra("squeeze_excite", 45, 100),
+            _extra("cross_entropy", 30, 90),
+            _extra("augment", 25, 90),
+        ),
     ),
     Part(
         "throughput",
         "plain, captured, resident and compiled steps in turn",
         "rsengine.checks.gpu.throughput",
         (
-            Row("batch 128", 14, 60, on_cpu=True),
-            Row("batch 512", 12, 60),
-            _extra("batch 1024", 12, 60),
+            Row("batch 128", 35, 90, on_cpu=True),
+            _extra("batch 512", 45, 90),
+            _extra("batch 1024", 45, 90),
             _extra("compiled, batch 128", 110, 200),
             _extra("compiled, batch 512", 90, 200),
             _extra("compiled, batch 1024", 90, 200),
@@ -105,15 +130,15 @@ PARTS = (
         "timm's resnetrs50 in a plain loop, each in turn with our captured step",
         "bench.gpu_baselines",
         (
-            Row("bfloat16, channels_last, batch 128", 9, 60, on_cpu=True),
-            Row("float32, NCHW, batch 128", 9, 60),
-            Row("torch.compile, batch 128", 60, 150),
-            Row("bfloat16, channels_last, batch 512", 9, 60),
-            _extra("torch.compile reduce-overhead, batch 128", 60, 150),
-            _extra("bfloat16, channels_last, batch 1024", 10, 60),
-            _extra("torch.compile, batch 512", 60, 150),
-            _extra("torch.compile reduce-overhead, batch 512", 60, 150),
-            _extra("torch.compile, batch 1024", 60, 150),
+            Row("bfloat16, channels_last, batch 128", 34, 90, on_cpu=True),
+            Row("torch.compile, batch 128", 73, 150),
+            _extra("torch.compile reduce-overhead, batch 128", 80, 150),
+            _extra("bfloat16, channels_last, batch 512", 40, 90),
+            _extra("float32, NCHW, batch 128", 36, 90),
+            _extra("bfloat16, channels_last, batch 1024", 45, 90),
+            _extra("torch.compile, batch 512", 80, 150),
+            _extra("torch.compile reduce-overhead, batch 512", 80, 150),
+            _extra("torch.compile, batch 1024", 80, 150),
             _extra("torch.compile max-autotune, batch 128", 150, 240),
         ),
     ),
@@ -122,24 +147,18 @@ PARTS = (
         "one captured step: its largest kernels, kernels a step, idle share, time by part of the step",
         "rsengine.checks.gpu.profile",
         (
-            Row("report-1, batch 128", 14, 60),
-            _extra("report-1, batch 512", 14, 60),
+            Row("report-1, batch 128", 8, 60),
+            _extra("report-1, batch 512", 20, 60),
             _extra("quickstart, batch 256", 10, 60),
         ),
-    ),
-    Part(
-        "tests",
-        "the kernel tests on the GPU, distributed over the cores",
-        "rsengine.checks.gpu.suites",
-        (Row("kernel tests", 62, 120),),
     ),
     Part(
         "train",
         "quickstart: accuracy, images/s by epoch, evaluation, time to the first step",
         "rsengine.checks.gpu.training",
         (
-            Row("quickstart, FFCV", 45, 120, on_cpu=True),
-            Row("quickstart, resident", 20, 90, on_cpu=True),
+            Row("quickstart, resident", 54, 120, on_cpu=True),  # 28 of them convert the data
+            Row("quickstart, FFCV", 38, 120, on_cpu=True),
             _extra("quickstart, resident, plain steps", 40, 90),
         ),
     ),
@@ -147,20 +166,7 @@ PARTS = (
         "overlap",
         "the share of the batches' transfer that hides under kernels",
         "rsengine.checks.gpu.overlap",
-        (Row("feeder into captured steps", 6, 50),),
-    ),
-    Part(
-        "kernels",
-        "every compile case against its bound at the copy rate measured there, and against eager",
-        "rsengine.checks.gpu.kernels",
-        (
-            Row("block_epilogue", 33, 100),
-            Row("ema", 8, 60),
-            _extra("batch_norm", 30, 100),
-            _extra("squeeze_excite", 33, 100),
-            _extra("cross_entropy", 25, 90),
-            _extra("augment", 25, 90),
-        ),
+        (Row("feeder into captured steps", 9, 50),),
     ),
     Part(
         "speedrun",

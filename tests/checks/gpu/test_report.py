@@ -156,7 +156,7 @@ def test_the_story_comes_first_and_says_what_matters():
         assert line in story, line
     assert any("equal until step 17 (model.fc.weight differs first)" in line for line in story)
     assert any("in 18.5 s, 91.19% after 12.3 s" in line for line in story)
-    assert any(line.startswith("- not measured: smoke (cross-entropy") for line in story)
+    assert any(line.startswith("- not measured: compilation; smoke (cross-entropy") for line in story)
 
 
 def test_the_tables():
@@ -170,7 +170,7 @@ def test_the_tables():
         "| ema_update | no |  |  |  |  |",
         "| quickstart, FFCV | cifar10 | 2 | 79.50% | 41,000 | 0.20 |",
         "| `test_sgd_ema_step[triton]` | 400.0 | 200 | 2357.5 | 0.789 | eager 2.1, foreach 3.3 |",
-        "| smoke | feeder | FFCV is not installed | 0 | 3 | abc |",
+        "| smoke | feeder | FFCV is not installed | 0 | 9 | abc |",
     ):
         assert line in lines, line
     assert "called a synchronizing CUDA operation |" in text
@@ -193,7 +193,7 @@ def test_the_summary_is_short_however_much_is_wrong():
         and f"  and {len(report.failures(RESULTS | many)) - report.SHOWN_WRONG} more" in lines
     )
     assert max(map(len, lines)) <= 1000
-    assert lines[-1].startswith("not measured yet; call again to go on: smoke (cross-entropy")
+    assert lines[-1].startswith("not measured yet; call again to go on: compilation; smoke (cross-entropy")
 
 
 def test_what_a_dry_run_cannot_measure_is_not_missing():
@@ -312,8 +312,11 @@ def test_without_a_gpu_it_says_so_and_changes_nothing(capsys, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--parts", "smoke,compile"], "--parts: no part is called compile; there are card, smoke, equality,"),
-        (["--parts", " , "], "--parts: no part is named; there are card, smoke,"),
+        (
+            ["--parts", "smoke,compile"],
+            "--parts: no part is called compile; there are card, compilation, smoke, equality,",
+        ),
+        (["--parts", " , "], "--parts: no part is named; there are card, compilation, smoke,"),
         (["--seconds", "nan"], "--seconds: expected at least 15; got nan"),
         (["--seconds", "-5"], "--seconds: expected at least 15; got -5"),
         (["--out", "file/x"], "[Errno 20] Not a directory: "),
