@@ -44,6 +44,7 @@ SPLIT_PROGRAMS, MOST_SPLITS = 512, 64  # a split is merged from 8 bytes a channe
 TILE_ELEMENTS = 2048  # of a map, with four warps: two 128-bit loads of 16 bits in flight for a thread, or ...
 FEW_ELEMENTS = 2**20  # ... one, where below this size of a map there would be fewer programs than warps to hide them
 FUSED_ELEMENTS, FUSED_WARPS = 4096, 8
+DEEP_ROW, DEEP_TILE = 512, 2**15  # bytes of weights: of an output, and of all in a tile of the first product
 STREAMED_IMAGE = 2**17  # bytes of x and shortcut: larger maps of an image are too much for one program
 MERGE_BLOCK = {"BLOCK_S": 64, "BLOCK_N": 64, "BLOCK_C": 16}
 PARAMETER_BLOCK = {"BLOCK_C": 32, "BLOCK_R": 64, "BLOCK_N": 32}
@@ -100,6 +101,22 @@ def plan(
     fused_n = max(1, min(images, FUSED_ELEMENTS // (block_p * narrow)))
     fused_tile = Tile(fused_n, block_p, min(block_c, FUSED_ELEMENTS // (fused_n * block_p)))
     return Plan(is_whole, triton.cdiv(n, splits), Tile(block_n, block_p, narrow), is_fused, images, fused_tile)
+
+
+def _product_blocks(w1: Tensor) -> dict[str, int]:
+    """Tiles of the products of squeeze-and-excite, with ``w1`` and back, of images, outputs and depth.
+
+    Each step along a product waits for memory. So the first, of few outputs and great depth, has deep tiles.
+    """
+    hidden, channels = (max(16, triton.next_power_of_2(extent)) for extent in w1.shape)  # tl.dot takes no less
+    outputs = min(hidden, PRODUCT_BLOCK["BLOCK_O"])
+    return {
+        "BLOCK_M": PRODUCT_BLOCK["BLOCK_M"],
+        "SQUEEZE_O": outputs,
+        "SQUEEZE_K": min(channels, DEEP_ROW // w1.itemsize, DEEP_TILE // (outputs * w1.itemsize)),
+        "EXCITE_O": min(channels, PRODUCT_BLOCK["BLOCK_O"]),
+        "EXCITE_K": min(hidden, PRODUCT_BLOCK["BLOCK_K"]),
+    }
 
 
 def _whole_warps(elements: int) -> int:
@@ -176,7 +193,7 @@ def forward(
             *maps, logit, keep_scale, squeezed, w1, b1, w2, b2, hidden,
             n,
             **shape, HIDDEN=hidden_width, **flags, PRECISION=precision_of(w1),
-            IMAGES=chosen.fused_images, **chosen.fused_tile._asdict(), **PRODUCT_BLOCK,
+            IMAGES=chosen.fused_images, **chosen.fused_tile._asdict(), **_product_blocks(w1),
             num_warps=FUSED_WARPS,
         )  # fmt: skip
     else:
@@ -234,7 +251,7 @@ def backward(
             *sums, w1, w2, hidden, dhidden, dsqueezed,
             n,
             **shape, HIDDEN=hidden_width, **flags, PRECISION=precision,
-            IMAGES=chosen.fused_images, **chosen.fused_tile._asdict(), **PRODUCT_BLOCK,
+            IMAGES=chosen.fused_images, **chosen.fused_tile._asdict(), **_product_blocks(w1),
             num_warps=FUSED_WARPS,
         )  # fmt: skip
     else:
@@ -266,6 +283,7 @@ def _grid(n: int, pixels: int, channels: int, tile: Tile) -> tuple[int, int, int
     return tuple(triton.cdiv(extent, block) for extent, block in zip((n, pixels, channels), tile, strict=True))
 
 
+SQUEEZE = 16  # channels of a stage of ResNet-RS to each of its hidden ones
 # (channels, pixels a side, dtype of the maps, of the weights): the stages of ResNet-RS-50 at 32x32 with stem stride 2,
 # as a step has them and in float32; its first stage at stem stride 1; ImageNet's first and last stage at 224x224.
 CASES = (
@@ -304,7 +322,7 @@ def compile_cases() -> list[CompileCase]:
         maps, weights = (str(each).removeprefix("torch.") for each in (dtype, products))
         label = f"{maps}{'' if maps == weights else f', weights {weights}'}, {channels}x{side}x{side}"
         shape = {"channels": channels, "side": side, "dtype": dtype, "products": products}
-        chosen = plan(BATCH, side * side, channels, channels // 4, dtype, products)
+        chosen = plan(BATCH, side * side, channels, channels // SQUEEZE, dtype, products)
         is_large = side * side * channels > 2**17
         small = max(1, chosen.fused_images - 1) if chosen.is_fused else 1 if is_large else 3
         for launch, name in ((_forward_case, "forward"), (_backward_case, "backward")):
@@ -320,7 +338,7 @@ def _operands(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Uninitialised maps in ``dtype``, float32 vectors and buffers, and weights in ``products``."""
     maps = [torch.empty(n, channels, side, side, dtype=dtype, memory_format=torch.channels_last) for _ in range(3)]
-    shapes = (channels // 4, channels), (channels // 4,), (channels, channels // 4), (channels,)
+    shapes = (channels // SQUEEZE, channels), (channels // SQUEEZE,), (channels, channels // SQUEEZE), (channels,)
     return maps, [torch.empty(channels) for _ in range(4)], [torch.empty(shape, dtype=products) for shape in shapes]
 
 
@@ -342,7 +360,8 @@ def _backward_case(
 ) -> dict[str, Stream]:
     (x, y, dy), (weight, bias, mean, deviation), (w1, b1, w2, b2) = _operands(n, channels, side, dtype, products)
     squeezed, logit = (torch.empty((n, channels), dtype=products) for _ in range(2))
-    saved = mean, deviation, torch.empty(n, channels), squeezed, torch.empty((n, channels // 4), dtype=products), logit
+    hidden = torch.empty((n, len(b1)), dtype=products)
+    saved = mean, deviation, torch.empty(n, channels), squeezed, hidden, logit
     dx, dshortcut, _, _, dw1, _, dw2, _ = backward(
         dy, x, y, weight, bias, w1, w2, torch.empty(n), *saved, b1.dtype, b2.dtype, chosen
     )

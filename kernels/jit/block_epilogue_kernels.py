@@ -212,18 +212,19 @@ def _gate_and_transform(
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
     HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr,
     IMAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SQUEEZE_O: tl.constexpr, SQUEEZE_K: tl.constexpr, EXCITE_O: tl.constexpr, EXCITE_K: tl.constexpr,
 ):  # fmt: skip
     """:func:`_transform` of a program's IMAGES after the two products that make their gates."""
     n_start = tl.program_id(0) * IMAGES
     n_end = tl.minimum(n_start + IMAGES, n)
     _product_rows(
         squeezed_ptr, w1_ptr, b1_ptr, hidden_ptr, n_start, n_end, CHANNELS, HIDDEN, CHANNELS, 1,
-        RELU, PRECISION, BLOCK_M, BLOCK_O, BLOCK_K,
+        RELU, PRECISION, BLOCK_M, SQUEEZE_O, SQUEEZE_K,
     )  # fmt: skip
     _product_rows(
         hidden_ptr, w2_ptr, b2_ptr, logit_ptr, n_start, n_end, HIDDEN, CHANNELS, HIDDEN, 1,
-        BIAS, PRECISION, BLOCK_M, BLOCK_O, BLOCK_K,
+        BIAS, PRECISION, BLOCK_M, EXCITE_O, EXCITE_K,
     )  # fmt: skip
     for start in range(n_start, n_end, BLOCK_N):
         for c in range(0, CHANNELS, BLOCK_C):
@@ -293,7 +294,8 @@ def _image_sums_and_squeeze(
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr, HIDDEN: tl.constexpr,
     HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr,
     IMAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SQUEEZE_O: tl.constexpr, SQUEEZE_K: tl.constexpr, EXCITE_O: tl.constexpr, EXCITE_K: tl.constexpr,
 ):  # fmt: skip
     """:func:`_image_sums` of a program's IMAGES and the two products back to the gradient of ``squeezed``."""
     n_start = tl.program_id(0) * IMAGES
@@ -308,11 +310,11 @@ def _image_sums_and_squeeze(
             )  # fmt: skip
     _product_rows(
         dlogit_ptr, w2_ptr, hidden_ptr, dhidden_ptr, n_start, n_end, CHANNELS, HIDDEN, 1, HIDDEN,
-        RELU_GRADIENT, PRECISION, BLOCK_M, BLOCK_O, BLOCK_K,
+        RELU_GRADIENT, PRECISION, BLOCK_M, SQUEEZE_O, SQUEEZE_K,
     )  # fmt: skip
     _product_rows(
         dhidden_ptr, w1_ptr, hidden_ptr, dsqueezed_ptr, n_start, n_end, HIDDEN, CHANNELS, 1, CHANNELS,
-        LINEAR, PRECISION, BLOCK_M, BLOCK_O, BLOCK_K,
+        LINEAR, PRECISION, BLOCK_M, EXCITE_O, EXCITE_K,
     )  # fmt: skip
 
 

@@ -60,7 +60,8 @@ GPUS = {
 HEADER = """\
 # Compile report: predicted, not measured
 
-Written by `python -m rsengine.kernels.proof.compile_report` (`make compile-report`). No kernel here was run on a GPU.
+Written by `python -m rsengine.kernels.proof.compile_report` (`make compile-report`). Nothing here was run on a GPU;
+what was is in [performance.md](performance.md#on-an-h200-measured).
 
 - **Read from machine code** that Triton {triton} made by running the real launchers on operands of the real shape:
   registers, spills, shared memory, the width of global loads and stores. ptxas {ptxas} (sm_80, sm_90),

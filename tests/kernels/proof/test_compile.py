@@ -22,7 +22,9 @@ import triton.language as tl
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from rsengine.kernels.jit import augment
+from rsengine.config import load_recipe
+from rsengine.engine.build import build_model
+from rsengine.kernels.jit import augment, block_epilogue
 from rsengine.kernels.jit.case import Budget, CompileCase, Stream
 from rsengine.kernels.proof import compile_report, interpreter, offline
 
@@ -86,6 +88,14 @@ def test_augmentation_rounds_products_and_sums_by_themselves(case):
 
 def test_case_names_are_distinct():
     assert len(CASES) == sum(len(cases) for cases in compile_report.all_cases().values())
+
+
+def test_the_cases_of_the_block_epilogue_are_as_wide_as_the_networks():
+    with torch.device("meta"):
+        network = build_model(load_recipe("report-1"), 10)
+    widths = {module.se.reduce.weight.shape for module in network.modules() if hasattr(module, "se")}
+    assert len(widths) == 4
+    assert {channels / hidden for hidden, channels in widths} == {block_epilogue.SQUEEZE}
 
 
 def launched(case: CompileCase, size: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
