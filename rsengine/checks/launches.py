@@ -74,6 +74,12 @@ bfloat16 at {flops} TFLOP/s. The last two are the data sheet's, and no kernel re
 a card will do. *Bytes alone* is what the memory would allow if launches and arithmetic cost nothing. All recipes have
 their data resident. The last row is the *plain* step, captured as it is.
 
+*Measured* are milliseconds on one NVIDIA H200, which has the same units and 4.8 TB/s (PyTorch 2.11.0, Triton 3.6.0,
+[2026-11-26](../bench/results/gpu-nvidia-h200-2026-11-26.md)): `report-1` with its batch on the card, `quickstart` as
+the mean of its last epoch. They are 2.5 and 2.8 times the predicted: the number of kernels was right (446 in the
+profile), but a small kernel took 4 to 9 µs and not {launch}. [performance.md](performance.md#on-an-h200-measured) says
+why.
+
 """
 
 
@@ -163,6 +169,9 @@ PREDICTED = (
     *(("speedrun", 512, side) for side in (16, 24, 32)),
 )
 
+# Milliseconds of a step on an NVIDIA H200, from bench/results/gpu-nvidia-h200-2026-11-26.json.
+MEASURED = {("report-1", 128, 32): 3.15, ("quickstart", 256, 32): 1.97}
+
 
 def launch_table() -> str:
     """The text of docs/launches.md."""
@@ -180,26 +189,28 @@ def launch_table() -> str:
 
 
 def _predictions() -> list[list[str]]:
-    rows = [["recipe", "batch", "pixels", "operators", "kernels", "GB", "TFLOP", "ms", "images/s", "bytes alone"]]
+    columns = "recipe", "batch", "pixels", "operators", "kernels", "GB", "TFLOP", "ms", "measured"
+    rows = [[*columns, "images/s", "bytes alone"]]
     for name, batch, side in PREDICTED:
         recipe = load_recipe(name).with_settings([f"train.batch_size={batch}", "train.loader=resident"])
         with tracing() as device:
             step, inputs = trace_step(recipe, device)
             step.image_size = None if side == 32 else (side, side)
             engine = check_step(step, inputs)
-        rows.append([name, *_prediction(batch, side, engine.operations)])
+        rows.append([name, *_prediction(batch, side, engine.operations, MEASURED.get((name, batch, side)))])
     recipe = load_recipe("report-1")
     plain, _ = step_operations(recipe)
     rows.append(["report-1, plain, captured", *_prediction(recipe.train.batch_size, 32, plain)])
     return rows
 
 
-def _prediction(batch: int, side: int, operations: Sequence[Operation]) -> list[str]:
+def _prediction(batch: int, side: int, operations: Sequence[Operation], measured: float | None = None) -> list[str]:
     found = predict(operations)
     counts = f"{found.operators:,}", f"{found.kernels:,}", f"{found.bytes / 1e9:.2f}", f"{found.flops / 1e12:.3f}"
     # Three digits: the time of a launch is known to a tenth.
     rates = (f"{float(f'{batch / seconds:.3g}'):,.0f}" for seconds in (found.seconds, found.memory_seconds))
-    return [f"{batch:,}", str(side), *counts, f"{found.seconds * 1e3:.2f}", *rates]
+    milliseconds = f"{found.seconds * 1e3:.2f}", "" if measured is None else f"{measured:.2f}"
+    return [f"{batch:,}", str(side), *counts, *milliseconds, *rates]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
