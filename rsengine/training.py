@@ -312,7 +312,8 @@ def announce(trainer: Trainer, dataset: Dataset, steps: str, say: Callable[[str]
     ranks, threads = trainer.ranks, counted(execution.threads, "thread")
     if ranks.size > 1:
         rule = recipe.train.batch_norm
-        threads = f"{ranks.size} processes through {ranks.backend}, {threads} each, batch norm {rule}"
+        way = ranks.backend + " and shared memory" * trainer.step.update.reduction.is_shared
+        threads = f"{ranks.size} processes through {way}, {threads} each, batch norm {rule}"
     say(f"compute: {execution.reason}; channels_last; {threads}; {steps}")
     if execution.device.type == "cpu":
         say(f"layers: {explain('batch_norm', 'cpu')}")

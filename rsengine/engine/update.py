@@ -145,12 +145,8 @@ class Update:
     def clear_gradients(self) -> None:
         """Drop every gradient, so that the backward pass writes each one once, into new memory.
 
-        A captured step writes each gradient to the same memory at every replay. With several processes the gradients
-        are slices of one buffer, which is zeroed.
+        A captured step writes each gradient to the same memory at every replay.
         """
-        if self.reduction is not None:
-            self.reduction.clear()
-            return
         for leaf in self._leaves:
             leaf.grad = None
 
