@@ -113,7 +113,7 @@ def table(out: Path, seeds: Sequence[int]) -> str:
     lines = [
         "# Fine-tuning beside training from scratch",
         "",
-        f"`python -m bench.finetune` on {_about(start)}.",
+        f"`python -m bench.finetune` on {about(start)}.",
         "",
         f"Recipe `quickstart`. First {', '.join(LEARNED)} are learned from all of their images in {first['epoch']} "
         f"epochs ({100 * accuracy(first):.2f} % of their test images). Then {', '.join(NEW)} are learned from {IMAGES} "
@@ -128,7 +128,7 @@ def table(out: Path, seeds: Sequence[int]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _about(start: Mapping[str, Any]) -> str:
+def about(start: Mapping[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in start["versions"].items() if version)
     return f"{start['machine']['processor']}, {start['precision']}, {start['threads']} threads; {packages}"
 
@@ -142,19 +142,19 @@ def main() -> int:
     arguments = parser.parse_args()
     out, seeds = arguments.out, arguments.seeds
     for folder, command in conversions(out, arguments.data, seeds).items():
-        if not folder.exists() and (status := _called(folder.name, command)):
+        if not folder.exists() and (status := called(folder.name, command)):
             return status
     for folder, (epochs, command) in runs(out, seeds).items():
         if is_done(folder, epochs):
             continue
-        if status := _called(folder.name, resumed(command) if (folder / CHECKPOINT_FILE).exists() else command):
+        if status := called(folder.name, resumed(command) if (folder / CHECKPOINT_FILE).exists() else command):
             return status
     arguments.results.write_text(table(out, seeds), encoding="utf-8")
     print(table(out, seeds))
     return 0
 
 
-def _called(name: str, command: Sequence[str]) -> int:
+def called(name: str, command: Sequence[str]) -> int:
     print(f"{name}: {shlex.join(command)}", flush=True)
     return subprocess.run(command).returncode
 

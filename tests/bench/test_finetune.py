@@ -58,7 +58,7 @@ def test_the_table_has_the_runs_that_are_done(tmp_path):
 
 def test_what_is_done_is_not_done_again_and_a_fault_ends_it(tmp_path, monkeypatch, capsys):
     called = []
-    monkeypatch.setattr(finetune, "_called", lambda name, command: called.append((name, command)) or 0)
+    monkeypatch.setattr(finetune, "called", lambda name, command: called.append((name, command)) or 0)
     monkeypatch.setattr(
         "sys.argv", ["finetune", "--data=x", f"--out={tmp_path}", "--seeds", "0", "--results", str(tmp_path / "t.md")]
     )
@@ -71,7 +71,7 @@ def test_what_is_done_is_not_done_again_and_a_fault_ends_it(tmp_path, monkeypatc
     assert [name for name, _ in called] == ["data-new-seed0", "1-seed0", "2-seed0"]
     assert ["--resume" in command for _, command in called] == [False, False, True]
     assert "80.00" in (tmp_path / "t.md").read_text()
-    monkeypatch.setattr(finetune, "_called", lambda name, command: 2)
+    monkeypatch.setattr(finetune, "called", lambda name, command: 2)
     assert finetune.main() == 2
 
 
