@@ -192,4 +192,10 @@ PARTS = (
             _extra("test_batch_norm", 25, 80),
         ),
     ),
+    Part(
+        "processes",
+        "two GPUs that share batches: captured steps with their all-reduce against plain ones; images/s of one and two",
+        "rsengine.checks.gpu.processes",
+        (_extra("two GPUs", 60, 180),),
+    ),
 )

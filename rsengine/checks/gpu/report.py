@@ -201,6 +201,14 @@ def _proof_lines(results: Results) -> Iterator[str]:
             "largest difference of a loss "
             f"{row['loss_difference']:.2g}, of a tensor {row['weight_difference']:.2g}"
         )
+    for row in _good(results, "processes").values():
+        equal = "equal to the bit" if row["difference"] == 0 else f"which differ by {row['difference']:.2g}"
+        yield (
+            f"two GPUs through {row['backend']}: {row['steps']} captured steps and plain ones, {equal}; batch "
+            f"{row['batch_size']} on one {row['images_per_second']:,.0f} images/s, {2 * row['batch_size']} on both "
+            f"{row['images_per_second_together']:,.0f}, an efficiency of {row['efficiency']:.0%} with "
+            f"{row['all_reduce_mbytes']:.1f} MB of gradients"
+        )
     for row in _good(results, "tests").values():
         yield f"kernel tests, natively: {row['passed']} passed, {row['failed']} failed, {row['skipped']} skipped"
     for row in _good(results, "overlap").values():
