@@ -168,9 +168,9 @@ def compare(parts, tensors, dy, relu, digits=1.0):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_a_large_mean_leaves_a_small_variance_its_digits(run, dtype, eager):
     """The squares have ten digits in common, and float32 has seven: they would leave nothing of the variance. The
-    values have five in common, so that in float64 even torch errs by 1e-11."""
+    values have five in common, which every way of computing loses."""
     tensors, dy = whole_batch((8, 16, 8, 8), dtype, mean=1e4, deviation=0.1)
-    compare(run[2](part, tensors, dy, False, eager), tensors, dy, False, digits=1e5 if dtype == torch.float64 else 1)
+    compare(run[2](part, tensors, dy, False, eager), tensors, dy, False, digits=1e5 if dtype == torch.float64 else 1e4)
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["", "eager"])

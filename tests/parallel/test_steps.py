@@ -62,15 +62,15 @@ def trained(ranks, settings, count=STEPS, double=False, autocast=None):
     return [t.clone() for t in step.state_tensors()], totals, torch.get_rng_state()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def together(request):
-    with processes(request.param) as run:
+@pytest.fixture(scope="module")
+def two():
+    with processes(2) as run:
         yield run
 
 
 @pytest.fixture(scope="module")
-def two():
-    with processes(2) as run:
+def three():
+    with processes(3) as run:
         yield run
 
 
@@ -82,20 +82,9 @@ def assert_same_everywhere(results):
         assert torch.equal(other[2], first[2])
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        [],
-        DRAWS,
-        [*DRAWS, "train.micro_batches=2", "optimizer.clip_norm=0.5"],
-        [*DRAWS, "augment.mixup_alpha=0.4", "augment.cutmix_alpha=1.0"],
-        ["optimizer.name=muon"],
-    ],
-    ids=["plain", "dropout and depth", "micro-batches and clipping", "mixup and cutmix", "muon"],
-)
-def test_weights_equal_those_of_one_process_in_float64(together, settings):
+def compare_in_float64(run, settings):
     settings = [*settings, "train.batch_norm=sync"]
-    results = together(trained, settings, STEPS, True)
+    results = run(trained, settings, STEPS, True)
     assert_same_everywhere(results)
     state, totals, generator = trained(ALONE, settings, double=True)
     for got, expected in zip(results[0][0], state, strict=True):
@@ -105,6 +94,24 @@ def test_weights_equal_those_of_one_process_in_float64(together, settings):
     assert results[0][1].correct == totals.correct and results[0][1].images == totals.images == STEPS * BATCH
     assert results[0][1].loss == pytest.approx(totals.loss, rel=1e-6)
     assert torch.equal(results[0][2], generator)  # whatever was drawn was drawn for the whole batch
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        [*DRAWS, "train.micro_batches=2", "optimizer.clip_norm=0.5"],
+        [*DRAWS, "augment.mixup_alpha=0.4", "augment.cutmix_alpha=1.0"],
+        ["optimizer.name=muon"],
+    ],
+    ids=["plain", "draws, micro-batches and clipping", "mixup and cutmix", "muon"],
+)
+def test_weights_equal_those_of_one_process_in_float64(two, settings):
+    compare_in_float64(two, settings)
+
+
+def test_weights_of_three_processes_equal_those_of_one(three):
+    compare_in_float64(three, [*DRAWS, "train.micro_batches=2"])
 
 
 def test_weights_equal_in_float32_to_rounding(two):
@@ -199,16 +206,16 @@ def measured(ranks, count, size, predictions=True):
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 41])
-def test_a_shared_evaluation_is_the_whole_one(together, count):
+def test_a_shared_evaluation_is_the_whole_one(two, three, count):
     whole = measured(ALONE, count, 8)
-    for result in together(measured, count, 8):
+    for result in [*two(measured, count, 8), *three(measured, count, 8)]:
         np.testing.assert_array_equal(result.confusion, whole.confusion)
         assert result.images == count and result.accuracy == whole.accuracy
         assert result.loss == pytest.approx(whole.loss, rel=1e-5)
         np.testing.assert_array_equal(result.predictions.labels, whole.predictions.labels)
         np.testing.assert_array_equal(result.predictions.predicted, whole.predictions.predicted)
         np.testing.assert_allclose(result.predictions.probability, whole.predictions.probability, rtol=1e-4)
-    assert all(result.predictions is None for result in together(measured, count, 8, False))
+    assert all(result.predictions is None for result in two(measured, count, 8, False))
 
 
 # --- captured ---------------------------------------------------------------------------------------------------------
