@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from rsengine.api import callable_as_train
 from rsengine.config import describe, recipe_names, with_short
 from rsengine.data.paths import convert_command
-from rsengine.errors import run_command
+from rsengine.errors import SettingsError, run_command
 from rsengine.output import add_output_options, parsed, print_json, program, speaker
-from rsengine.parallel.launch import is_launched, is_watched, launch, only_main_prints, processes
+from rsengine.parallel.launch import is_launched, launch, only_main_prints, processes, status_of_stop
 from rsengine.plan import plan
 from rsengine.track import TRACKERS
 from rsengine.training import Request, train
@@ -24,11 +25,21 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     with only_main_prints(errors=True):
         arguments = parsed(_parser(), argv)
+        if status := run_command(lambda: _check(arguments)):
+            return status
     alone = arguments.dry_run or arguments.list_settings
     if arguments.processes is not None and not alone and not is_launched():
         return run_command(lambda: launch(arguments.processes, argv))
     with only_main_prints():
         return run_command(lambda: _train(arguments))
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """Refuse what every process of the run would refuse. Returns 0."""
+    _request(arguments)
+    if arguments.processes is not None and "RANK" in os.environ and not is_launched():
+        raise SettingsError("--processes: torchrun has started several processes already; leave it out")
+    return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -37,6 +48,10 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     say, request = speaker(quiet=arguments.quiet, json=arguments.json), _request(arguments)
     if arguments.dry_run:
+        if os.environ.get("RANK", "0") != "0":
+            return 0
+        if arguments.processes is not None or "RANK" in os.environ:
+            say("processes: the plan is that of one process, which takes the whole of each batch")
         planned = plan(request, say)
         print_json(planned.summary()) if arguments.json else print(planned.text())
         return 0
@@ -45,9 +60,7 @@ def _train(arguments: argparse.Namespace) -> int:
         say(outcome.line())
     if arguments.json:
         print_json(outcome.summary())
-    if outcome.stopped and not is_watched():
-        return 128 + outcome.stopped
-    return 0  # torchrun would start processes again that end otherwise
+    return status_of_stop(outcome.stopped) if outcome.stopped else 0
 
 
 def _request(arguments: argparse.Namespace) -> Request:

@@ -22,8 +22,8 @@ from rsengine.engine.evaluation import Evaluation
 from rsengine.engine.graph import explain_step
 from rsengine.kernels import explain
 from rsengine.output import counted, speaker
-from rsengine.parallel.launch import bind_to_cores
-from rsengine.parallel.ranks import Ranks, join
+from rsengine.parallel.launch import bind_to_cores, end_with_launcher
+from rsengine.parallel.ranks import ALONE, Ranks, join
 from rsengine.run.checkpoint import load_checkpoint
 from rsengine.run.files import (
     BEST_FILE,
@@ -136,6 +136,7 @@ def train(request: Request, say: Callable[[str], None] = say_aloud) -> Outcome:
     Raises:
         UserError: what cannot be done, in one line with the remedy.
     """
+    end_with_launcher()
     bind_to_cores()
     ranks = join(request.device)
     if not ranks.is_main:
@@ -204,7 +205,7 @@ def _train(request: Request, say: Callable[[str], None], held: contextlib.ExitSt
     held.callback(tracking.close)
     trainer.watch = tracking.record
 
-    resume = resume_command(request, out)
+    resume = resume_command(request, out, ranks)
     announce(trainer, dataset, explain_step(execution, request.graph, request.compile), say)
     with compile_errors() if request.compile else contextlib.nullcontext():
         stopped = trainer.run()
@@ -236,13 +237,21 @@ def _after_restart(request: Request, ranks: Ranks, say: Callable[[str], None]) -
     folder = ranks.remembered("folder") if request.out is None else str(request.out)
     saved = ranks.from_main(folder is not None and (Path(folder) / CHECKPOINT_FILE).is_file())
     where = f"with the checkpoint in {folder}" if saved else "anew, because there is no checkpoint yet"
+    if not saved and request.resume:  # of the latest run, which no attempt has come to
+        return request
     say(f"started again by torchrun, attempt {ranks.attempt + 1}: the run goes on {where}")
     return replace(request, out=Path(folder) if folder else None, resume=saved, init=None if saved else request.init)
 
 
-def resume_command(request: Request, out: Path) -> str:
-    """The command that goes on with the run in ``out``."""
-    command = ["python", "-m", "rsengine.train", "--resume", "--out", str(out)]
+def resume_command(request: Request, out: Path, ranks: Ranks = ALONE) -> str:
+    """The command that goes on with the run in ``out``, in as many processes; on several machines with the user's
+    OPTIONS of torchrun."""
+    start = ["python"]
+    if ranks.size > 1 and not ranks.launched:
+        alone = ranks.size == ranks.local_size
+        start = ["torchrun", f"--nproc-per-node={ranks.size}" if alone else "OPTIONS"]
+    command = [*start, "-m", "rsengine.train", "--resume", "--out", str(out)]
+    command += [f"--processes={ranks.size}"] * ranks.launched
     command += ["--data", str(request.data)] if request.data else []
     command += ["--no-graph"] * (not request.graph) + ["--compile"] * request.compile
     return shlex.join([*command, *(f"--track={name}" for name in request.track)])

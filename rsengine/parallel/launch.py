@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import logging
 import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from rsengine.data.errors import UserError
-from rsengine.errors import SettingsError
+from rsengine.parallel.ranks import CONSEQUENCE, LAUNCHED
+from rsengine.temporaries import temporary_folder
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig
 
 AUTO = "auto"
-LAUNCHED = "RSENGINE_LAUNCHED"  # a variable of the processes that launch() starts: their number
+# What each process runs. Until its loop listens, Ctrl-C ends it without a word: the launcher has that word.
+_WORK = (
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "from rsengine.train import main; raise SystemExit(main())"
+)
+_STOPPED = "stopped"  # a file in the launcher's folder, with the exit status of a run that a signal stopped
+_PATIENCE = 600  # seconds that a stop may take: a step, or an evaluation, and saving
 
 
 class KilledError(UserError):
@@ -43,6 +54,8 @@ def launch(count: int | str, argv: Sequence[str]) -> int:
 
     On the CPU each has its share of the cores, to which it is bound, and a thread for each of them.
 
+    Ctrl-C, SIGTERM and SIGHUP are passed on to them; a second one kills them.
+
     Returns:
         The exit status of the command.
 
@@ -51,34 +64,28 @@ def launch(count: int | str, argv: Sequence[str]) -> int:
     """
     # Imported here, because one process needs none of it.
     from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
-    if "RANK" in os.environ:
-        raise SettingsError("--processes: torchrun has started several processes already; leave it out")
     count = _fastest() if count == AUTO else int(count)
-    os.environ[LAUNCHED] = str(count)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_PATIENCE))
     logging.disable()  # of the agent's warnings, the processes or the lines below say what the user has to know
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id="rsengine",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        logs_specs=DefaultLogsSpecs(),
-    )
-    command = [sys.executable, "-m", "rsengine.train", *argv]
-    try:
-        elastic_launch(config, command[0])(*command[1:])
-    except ChildFailedError as error:
-        return _status(error)
-    except SignalException as stop:
-        return 128 + stop.sigval
-    return 0
+    with temporary_folder("launch") as folder:
+        os.environ[LAUNCHED] = str(folder)
+        stopped = folder / _STOPPED
+        try:
+            elastic_launch(_config(count, folder), sys.executable)("-c", _WORK, *argv)
+        except ChildFailedError as error:
+            return _status(error)
+        except SignalException as stop:
+            for process in psutil.Process().children():  # after a second signal; none is left after one
+                process.kill()
+            if stop.sigval == signal.SIGINT and not stopped.exists():
+                print("interrupted", file=sys.stderr)
+            return 128 + stop.sigval
+        finally:
+            del os.environ[LAUNCHED]
+        return int(stopped.read_text()) if stopped.exists() else 0
 
 
 def is_launched() -> bool:
@@ -86,9 +93,22 @@ def is_launched() -> bool:
     return LAUNCHED in os.environ
 
 
-def is_watched() -> bool:
-    """Whether an agent that the user started, torchrun, watches this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and not is_launched()
+def status_of_stop(number: int) -> int:
+    """The exit status of this process when the signal ``number`` has stopped the run, and all is saved.
+
+    An agent takes any other than 0 for a failure: it would end the processes that still write, or start all of them
+    again. The launcher is told the status of the run otherwise.
+    """
+    if is_launched() and os.environ["RANK"] == "0":
+        Path(os.environ[LAUNCHED], _STOPPED).write_text(str(128 + number))
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + number
+
+
+def end_with_launcher() -> None:
+    """In a process that :func:`launch` has started: stop as by SIGTERM when the launcher is killed. Linux alone can."""
+    if is_launched() and sys.platform == "linux":
+        set_signal_of_parents_death = 1  # PR_SET_PDEATHSIG in linux/prctl.h
+        ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -110,11 +130,33 @@ def bind_to_cores() -> None:
     if not is_launched() or not hasattr(os, "sched_setaffinity"):
         return
     cores = sorted(os.sched_getaffinity(0))
-    count, rank = int(os.environ[LAUNCHED]), int(os.environ["LOCAL_RANK"])
+    count, rank = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     each = len(cores) // count
     if each:  # with more processes than cores the system shares them out
         os.sched_setaffinity(0, cores[rank * each : (rank + 1) * each])
     torch.set_num_threads(max(each, 1))
+
+
+def _config(count: int, folder: Path) -> LaunchConfig:
+    """How torchrun's agent starts ``count`` processes once, on this machine. What it writes goes into ``folder``."""
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    signals = ["SIGTERM", "SIGINT"]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup ignores
+        signals.append("SIGHUP")
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id="rsengine",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        signals_to_handle=",".join(signals),
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
+    )
 
 
 def _fastest() -> int:
@@ -125,12 +167,20 @@ def _fastest() -> int:
 
 
 def _status(error: ChildFailedError) -> int:
-    """The exit status of a run whose processes ended otherwise than with 0, of which one has said why."""
-    rank, failure = error.get_first_failure()
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        raise KilledError(
-            f"the process of rank {rank} (process {failure.pid}) was ended by {name}, and so the run; what the last "
-            "checkpoint holds is kept: go on with the same command and --resume --out FOLDER"
-        )
-    return failure.exitcode
+    """The exit status of a run whose processes ended otherwise than with 0: of the one that has said why, if any has.
+
+    The agent ends the others by SIGTERM, and by SIGKILL after half a minute.
+    """
+    failures = error.failures
+    said = [failure.exitcode for failure in failures.values() if failure.exitcode > 0]
+    if causes := [status for status in said if status != CONSEQUENCE]:
+        return causes[0]
+    killed = [rank for rank, failure in failures.items() if failure.exitcode < 0]
+    if not killed:
+        return CONSEQUENCE
+    rank = min(killed, key=lambda rank: (failures[rank].exitcode == -signal.SIGTERM, failures[rank].timestamp))
+    name = signal.Signals(-failures[rank].exitcode).name
+    raise KilledError(
+        f"the process of rank {rank} (process {failures[rank].pid}) was ended by {name}, and so the run; what the last "
+        "checkpoint holds is kept: go on with the same command and --resume --out FOLDER"
+    )

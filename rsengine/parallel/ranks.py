@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -24,15 +26,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rsengine.data.errors import UserError
+from rsengine.data.errors import UserError, one_line
 from rsengine.errors import SettingsError
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=30)  # one process may convert the data set while the others wait
+LAUNCHED = "RSENGINE_LAUNCHED"  # a variable of the processes that ``--processes`` starts: the folder of their launcher
+CONSEQUENCE = 3  # the exit status of a process that ends because another one did, which says why or was killed
+_DYING = 2.0  # seconds in which a process whose connections are closed already may still be there
+_groups = itertools.count()  # a program may train several times
 
 
 class LostProcessError(UserError):
-    """Another process of the run ended while this one waited for it."""
+    """Another process of the run ended, or did not answer, while this one waited for it."""
 
     status = 1
 
@@ -47,7 +53,8 @@ class Ranks:
         local_rank, local_size: the same among those on this machine.
         backend: what carries tensors between them, ``"gloo"`` or ``"nccl"``; empty for one process.
         attempt: how often the agent of torchrun has started this group again.
-        under_agent: whether torchrun's agent watches this process.
+        under_agent: whether an agent watches this process: torchrun, or that of ``--processes``.
+        launched: whether it is that of ``--processes``, which says itself that it lost a process.
     """
 
     rank: int = 0
@@ -57,6 +64,7 @@ class Ranks:
     backend: str = ""
     attempt: int = 0
     under_agent: bool = False
+    launched: bool = False
     _store: dist.Store | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -190,21 +198,26 @@ class Ranks:
         """``work()``, of whose errors in all the processes one reaches the user: the first.
 
         Raises:
-            LostProcessError: another process ended, and has not said why.
-            SystemExit: another process has raised its error already.
+            LostProcessError: another process ended, and has not said why, or does not answer.
+            SystemExit: what made this process end is, or will be, said elsewhere.
         """
         if self.size == 1:
             return work()
         try:
             return work()
         except BaseException as error:
-            lost = self._lost() if _may_be_of_connection(error) else []
-            if not self._is_first_error():
-                raise SystemExit(LostProcessError.status) from None
+            of_connection = _is_of_connection(error)
+            lost = self._lost(_DYING * of_connection) if _may_be_of_connection(error) else []
+            if not self._is_first_error() or (lost and self.launched):
+                raise SystemExit(CONSEQUENCE) from None
+            remedy = "what the last checkpoint holds is kept: go on with the same command and --resume --out FOLDER"
             if lost:
+                raise LostProcessError(f"{' and '.join(lost)} was killed, or ended without a word; {remedy}") from error
+            if of_connection:
+                reason = one_line(error)[:200]
                 raise LostProcessError(
-                    f"{' and '.join(lost)} ended without a word, killed perhaps; what the last checkpoint holds is "
-                    "kept: go on with the same command and --resume --out FOLDER"
+                    f"the processes do not reach each other any more ({reason}); see whether all of them are running; "
+                    f"{remedy}"
                 ) from error
             raise
 
@@ -219,17 +232,23 @@ class Ranks:
         except RuntimeError:  # the store ended with the process that held it
             return True
 
-    def _lost(self) -> list[str]:
-        """The processes of this machine that have ended, in words."""
-        found = []
-        for rank in range(self.size):
-            try:
-                host, process, started = self._store.get(_member(self.attempt, rank)).decode().split()
-            except RuntimeError:
-                return ["the process of rank 0"] if self.rank else []
-            if host == socket.gethostname() and not _is_alive(int(process), float(started)):
-                found.append(f"rank {rank} (process {process})")
-        return found
+    def _lost(self, seconds: float) -> list[str]:
+        """The processes of this machine that have ended, or end within ``seconds``, in words."""
+        deadline = time.monotonic() + seconds
+        while True:
+            found = []
+            for rank in range(self.size):
+                try:
+                    if not self._store.check([_member(self.attempt, rank)]):
+                        continue  # it has not come so far
+                    host, process, started = self._store.get(_member(self.attempt, rank)).decode().split()
+                except RuntimeError:
+                    return ["the process of rank 0"] if self.rank and not self.under_agent else []
+                if host == socket.gethostname() and not _is_alive(int(process), float(started)):
+                    found.append(f"rank {rank} (process {process})")
+            if found or time.monotonic() > deadline:
+                return found
+            time.sleep(0.05)
 
 
 ALONE = Ranks()
@@ -244,10 +263,13 @@ def join(device: str = "auto", environment: Mapping[str, str] = os.environ) -> R
 
     Raises:
         SettingsError: a variable is missing or wrong, or a machine has fewer GPUs than processes.
+        LostProcessError: the processes do not reach each other.
     """
-    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return ALONE
     rank, size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    if rank >= size:
+        raise SettingsError(f"RANK: expected a number below WORLD_SIZE, {size}; got {rank}; start with torchrun")
     local_rank = _number(environment, "LOCAL_RANK", rank)
     local_size = _number(environment, "LOCAL_WORLD_SIZE", size)
     attempt = _number(environment, "TORCHELASTIC_RESTART_COUNT", 0)
@@ -261,7 +283,17 @@ def join(device: str = "auto", environment: Mapping[str, str] = os.environ) -> R
             )
         torch.cuda.set_device(local_rank)
     address, port = environment.get("MASTER_ADDR", "127.0.0.1"), _number(environment, "MASTER_PORT", 29500)
-    store = dist.TCPStore(address, port, is_master=not agent and rank == 0, timeout=TIMEOUT, wait_for_workers=False)
+    if port >= 2**16:
+        raise SettingsError(f"MASTER_PORT: expected a port, a number below {2**16}; got {port}")
+    holds_store = not agent and rank == 0
+    try:
+        store = dist.TCPStore(address, port, is_master=holds_store, timeout=TIMEOUT, wait_for_workers=False)
+    except RuntimeError as error:  # PyTorch's own errors of connections are of this class
+        what = "cannot be opened here" if holds_store else "does not answer"
+        raise SettingsError(
+            f"MASTER_ADDR and MASTER_PORT: {address}:{port} {what} ({one_line(error)[:200]}); name a free port of the "
+            "machine of rank 0"
+        ) from error
     ranks = Ranks(
         rank,
         size,
@@ -270,17 +302,20 @@ def join(device: str = "auto", environment: Mapping[str, str] = os.environ) -> R
         "nccl" if on_gpus else "gloo",
         attempt,
         "TORCHELASTIC_RUN_ID" in environment,
+        LAUNCHED in environment,
         store,
     )
     if size > 1:
         process = psutil.Process()
         store.set(_member(attempt, rank), f"{socket.gethostname()} {process.pid} {process.create_time()}")
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
-            store=dist.PrefixStore(f"rsengine/group/{attempt}", store),
-            rank=rank,
-            world_size=size,
-            timeout=TIMEOUT,
+        ranks.run(
+            lambda: dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
+                store=dist.PrefixStore(f"rsengine/group/{attempt}/{next(_groups)}", store),
+                rank=rank,
+                world_size=size,
+                timeout=TIMEOUT,
+            )
         )
     return ranks
 
@@ -297,7 +332,8 @@ def _number(environment: Mapping[str, str], name: str, otherwise: int | None = N
     text = environment.get(name, "" if otherwise is None else str(otherwise))
     if not text.isdecimal():
         raise SettingsError(
-            f"{name}: expected a number in this environment variable, as torchrun sets it; got {text!r}"
+            f"{name}: expected a number in this environment variable, as torchrun sets it; got {text or 'none'!r}; "
+            "start with torchrun, or unset RANK and WORLD_SIZE to train in one process"
         )
     return int(text)
 
@@ -312,6 +348,11 @@ def _is_alive(process: int, started: float) -> bool:
 
 def _may_be_of_connection(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and not isinstance(error, UserError)
+
+
+def _is_of_connection(error: BaseException) -> bool:
+    """Whether ``error`` comes from what carries tensors, gloo or NCCL, or from the store. gloo's have no class."""
+    return isinstance(error, dist.DistError) or (_may_be_of_connection(error) and "gloo" in str(error))
 
 
 def _is_dense(tensor: Tensor) -> bool:
