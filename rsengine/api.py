@@ -82,6 +82,7 @@ def train(
     """
     started = time.time()
     keep_compiled_code()
+    from rsengine.parallel.launch import status_of_stop
     from rsengine.training import Request, train
 
     say = speaker(quiet=quiet, json=False)
@@ -101,9 +102,7 @@ def train(
     )
     outcome = train(request, say)
     if outcome.stopped == signal.SIGTERM:
-        raise SystemExit(128 + signal.SIGTERM)
-    if not outcome.stopped:
-        say(outcome.line())
+        raise SystemExit(status_of_stop(signal.SIGTERM))
     return Run(outcome.folder, stopped=bool(outcome.stopped))
 
 

@@ -56,8 +56,6 @@ def _train(arguments: argparse.Namespace) -> int:
         print_json(planned.summary()) if arguments.json else print(planned.text())
         return 0
     outcome = train(request, say)
-    if not outcome.stopped:
-        say(outcome.line())
     if arguments.json:
         print_json(outcome.summary())
     return status_of_stop(outcome.stopped) if outcome.stopped else 0

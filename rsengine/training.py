@@ -143,6 +143,8 @@ def train(request: Request, say: Callable[[str], None] = say_aloud) -> Outcome:
         request, say = replace(request, track=(), bar=False), speaker(quiet=True, json=False)
     with contextlib.ExitStack() as held:  # the run folder, from the moment it is known
         outcome = ranks.run(lambda: _train(request, say, held, ranks))
+    if not outcome.stopped:
+        say(outcome.line())
     ranks.leave()  # not after an error: it would wait for processes that have ended
     return outcome
 
