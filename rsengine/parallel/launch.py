@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import psutil
@@ -74,12 +75,11 @@ def launch(count: int | str, argv: Sequence[str]) -> int:
         os.environ[LAUNCHED] = str(folder)
         stopped = folder / _STOPPED
         try:
-            elastic_launch(_config(count, folder), sys.executable)("-c", _WORK, *argv)
+            with _signals():
+                elastic_launch(_config(count, folder), sys.executable)("-c", _WORK, *argv)
         except ChildFailedError as error:
             return _status(error)
         except SignalException as stop:
-            for process in psutil.Process().children():  # after a second signal; none is left after one
-                process.kill()
             if stop.sigval == signal.SIGINT and not stopped.exists():
                 print("interrupted", file=sys.stderr)
             return 128 + stop.sigval
@@ -137,14 +137,37 @@ def bind_to_cores() -> None:
     torch.set_num_threads(max(each, 1))
 
 
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """In this block a signal ends the agent's watch, so that it passes the signal on and waits for the processes; the
+    next one kills them. The agent's own handler would wait once more then, and would not heed nohup."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    received: list[int] = []
+
+    def handler(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) == 1:
+            raise SignalException("passed on", signal.Signals(number))
+        for process in psutil.Process().children():
+            process.kill()
+
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
 def _config(count: int, folder: Path) -> LaunchConfig:
     """How torchrun's agent starts ``count`` processes once, on this machine. What it writes goes into ``folder``."""
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
-    signals = ["SIGTERM", "SIGINT"]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup ignores
-        signals.append("SIGHUP")
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -154,7 +177,7 @@ def _config(count: int, folder: Path) -> LaunchConfig:
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
         monitor_interval=0.1,
-        signals_to_handle=",".join(signals),
+        signals_to_handle="",  # see _signals
         logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
     )
 
