@@ -21,7 +21,7 @@ from rsengine.engine.compiler import check_compiler, compile_errors
 from rsengine.engine.evaluation import Evaluation
 from rsengine.engine.graph import explain_step
 from rsengine.kernels import explain
-from rsengine.output import counted, speaker
+from rsengine.output import counted, program, speaker
 from rsengine.parallel.launch import bind_to_cores, end_with_launcher
 from rsengine.parallel.ranks import ALONE, Ranks, join
 from rsengine.run.checkpoint import load_checkpoint
@@ -248,11 +248,11 @@ def _after_restart(request: Request, ranks: Ranks, say: Callable[[str], None]) -
 def resume_command(request: Request, out: Path, ranks: Ranks = ALONE) -> str:
     """The command that goes on with the run in ``out``, in as many processes; on several machines with the user's
     OPTIONS of torchrun."""
-    start = ["python"]
+    start = program("train").split()
     if ranks.size > 1 and not ranks.launched:
         alone = ranks.size == ranks.local_size
-        start = ["torchrun", f"--nproc-per-node={ranks.size}" if alone else "OPTIONS"]
-    command = [*start, "-m", "rsengine.train", "--resume", "--out", str(out)]
+        start = ["torchrun", f"--nproc-per-node={ranks.size}" if alone else "OPTIONS", "-m", "rsengine.train"]
+    command = [*start, "--resume", "--out", str(out)]
     command += [f"--processes={ranks.size}"] * ranks.launched
     command += ["--data", str(request.data)] if request.data else []
     command += ["--no-graph"] * (not request.graph) + ["--compile"] * request.compile

@@ -230,3 +230,18 @@ def test_a_dry_run_on_the_digits_leaves_no_conversion(place, capsys):
 def test_a_dry_run_refuses_what_a_run_would(place, capsys, arguments, words):
     assert train_module.main(["--dry-run", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("started_as", "command"),
+    [
+        ("/usr/bin/rsengine", "rsengine train"),
+        ("/x/rsengine/__main__.py", "python -m rsengine train"),
+        ("/x/rsengine/train.py", "python -m rsengine.train"),
+    ],
+)
+def test_a_run_is_resumed_as_it_was_started(monkeypatch, started_as, command):
+    from rsengine.training import Request, resume_command
+
+    monkeypatch.setattr("sys.argv", [started_as])
+    assert resume_command(Request(), Path("runs/a b")) == f"{command} --resume --out 'runs/a b'"
