@@ -36,7 +36,16 @@ from rsengine.data.sources.choice import ORDERS, in_order, with_classes, with_su
 from rsengine.data.sources.open import open_source
 from rsengine.data.sources.tree import digest_of_list
 from rsengine.data.staging import staged_folder
-from rsengine.output import add_output_options, counted, parsed, patient_output, print_json, program, speaker
+from rsengine.output import (
+    OutputError,
+    add_output_options,
+    counted,
+    parsed,
+    patient_output,
+    print_json,
+    program,
+    speaker,
+)
 from rsengine.processor import usable_cpus
 
 PACKAGES = ("rsengine", "numpy", "pillow")
@@ -357,16 +366,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say = speaker(quiet=quiet, json=as_json)
         try:
             dataset = convert(**options, progress=not quiet, log=say)
-        except (DataError, OptionError) as error:
+            seconds = time.monotonic() - start
+            say(summary(dataset, seconds))
+            if as_json:
+                print_json(written(dataset, seconds))
+        except (DataError, OptionError, OutputError) as error:
             print(f"error: {error}", file=sys.stderr)
-            return 2
+            return getattr(error, "status", 2)
         except KeyboardInterrupt:
             print("interrupted: nothing was written", file=sys.stderr)
             return 130
-        seconds = time.monotonic() - start
-        say(summary(dataset, seconds))
-        if as_json:
-            print_json(written(dataset, seconds))
         return 0
 
 

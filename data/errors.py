@@ -4,23 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rsengine.output import UserError, one_line
+
+__all__ = ["DataError", "UserError", "few", "one_line"]
 NAMED = 5  # names in one message
-
-
-class UserError(Exception):
-    """An error that the user can correct. The message is one line with the remedy; a command prints it as it is.
-
-    Attributes:
-        status: exit status of a command that ends with it.
-    """
-
-    status = 2
-
-
-def one_line(message: object) -> str:
-    """``message`` without line breaks, and with everything else that a terminal would obey or lacks written out."""
-    words = " ".join(str(message).splitlines()).strip()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
 class DataError(UserError):

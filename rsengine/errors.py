@@ -6,8 +6,7 @@ import sys
 from collections.abc import Callable
 
 from rsengine.cache import keep_compiled_code
-from rsengine.data.errors import UserError, one_line
-from rsengine.output import escaped, patient_output
+from rsengine.output import UserError, escaped, one_line, patient_output
 
 
 class SettingsError(UserError, ValueError):

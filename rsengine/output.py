@@ -12,14 +12,38 @@ import json
 import math
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# The reader has gone: a pipe closed, a terminal hung up. That is no fault, and no one is left to be told.
+# The reader has gone: a pipe closed, a terminal hung up. That is no fault, and no one is left to be told. A file has no
+# such reader.
 _GONE = {errno.EPIPE, errno.EIO, errno.ECONNRESET}
 _NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+class UserError(Exception):
+    """An error that the user can correct. The message is one line with the remedy; a command prints it as it is.
+
+    Attributes:
+        status: exit status of a command that ends with it.
+    """
+
+    status = 2
+
+
+class OutputError(UserError):
+    """The result of a command could not be printed, which is what it was run for."""
+
+    status = 1
+
+
+def one_line(message: object) -> str:
+    """``message`` without line breaks, and with everything else that a terminal would obey or lacks written out."""
+    words = " ".join(str(message).splitlines()).strip()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
 def escaped(text: object) -> str:
@@ -77,8 +101,24 @@ def speaker(*, quiet: bool, json: bool) -> Callable[[str], None]:
 
 
 def print_json(result: Mapping[str, Any]) -> None:
-    """Print ``result`` as the one object of ``--json``."""
-    print(json.dumps(finite(result), allow_nan=False), flush=True)
+    """Print ``result`` as the one object of ``--json``. Raises :class:`OutputError` where it cannot be written."""
+    print_result(json.dumps(finite(result), allow_nan=False))
+
+
+def print_result(text: str) -> None:
+    """Print what a command was run for, unless its reader has left.
+
+    Raises:
+        OutputError: standard output cannot be written, as on a full disk.
+    """
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    if not isinstance(raw, _Patient):
+        print(text, flush=True)
+        return
+    raw.quiet = True
+    print(text, flush=True)
+    if raw.lost:
+        raise OutputError(f"{raw.words}: the result cannot be written ({raw.lost}); send it elsewhere")
 
 
 def finite(value: Any) -> Any:
@@ -91,11 +131,16 @@ def finite(value: Any) -> Any:
 
 
 class _Patient(io.FileIO):
-    """A descriptor whose writes never fail. After the first failure it is tried no more."""
+    """A descriptor whose writes never fail. After the first failure it is tried no more.
+
+    Attributes:
+        lost: why it cannot be written, for anything but a reader that left; else empty.
+        quiet: whoever prints looks at ``lost``, so no line is to say it.
+    """
 
     def __init__(self, descriptor: int, name: str) -> None:
         super().__init__(descriptor, "w", closefd=False)
-        self.words, self.failed = name, False
+        self.words, self.failed, self.lost, self.quiet = name, False, "", False
 
     def write(self, data: object) -> int:
         length = memoryview(data).nbytes
@@ -105,7 +150,10 @@ class _Patient(io.FileIO):
             return super().write(data)
         except OSError as error:
             self.failed = True
-            if error.errno not in _GONE and self is not getattr(getattr(sys.stderr, "buffer", None), "raw", None):
+            if error.errno not in _GONE or stat.S_ISREG(os.fstat(self.fileno()).st_mode):
+                self.lost = error.strerror
+            own_fault = self is getattr(getattr(sys.stderr, "buffer", None), "raw", None)
+            if self.lost and not self.quiet and not own_fault:
                 print(f"{self.words} cannot be written ({error.strerror}); going on without it", file=sys.stderr)
             return length
 

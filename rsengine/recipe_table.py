@@ -8,7 +8,7 @@ import textwrap
 
 from rsengine.config import Recipe, load_recipe, recipe_names
 from rsengine.errors import run_command
-from rsengine.output import add_output_options, parsed, print_json
+from rsengine.output import add_output_options, parsed, print_json, print_result
 
 HEAD = ("recipe", "epochs", "batch", "learning rate", "policy", "network")
 
@@ -31,7 +31,7 @@ def _print(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({recipe.name: recipe.flat() for recipe in recipes})
     else:
-        print(recipes[0].to_toml().rstrip() if arguments.recipe else _table(recipes))
+        print_result(recipes[0].to_toml().rstrip() if arguments.recipe else _table(recipes))
     return 0
 
 

@@ -11,7 +11,7 @@ from rsengine.api import callable_as_train
 from rsengine.config import describe, recipe_names, with_short
 from rsengine.data.paths import convert_command
 from rsengine.errors import SettingsError, run_command
-from rsengine.output import add_output_options, parsed, print_json, program, speaker
+from rsengine.output import add_output_options, parsed, print_json, print_result, program, speaker
 from rsengine.parallel.launch import is_launched, launch, only_main_prints, processes, status_of_stop
 from rsengine.plan import plan
 from rsengine.track import TRACKERS
@@ -44,7 +44,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.list_settings:
-        print(describe())
+        print_result(describe())
         return 0
     say, request = speaker(quiet=arguments.quiet, json=arguments.json), _request(arguments)
     if arguments.dry_run:
@@ -53,7 +53,7 @@ def _train(arguments: argparse.Namespace) -> int:
         if arguments.processes is not None or "RANK" in os.environ:
             say("processes: the plan is that of one process, which takes the whole of each batch")
         planned = plan(request, say)
-        print_json(planned.summary()) if arguments.json else print(planned.text())
+        print_json(planned.summary()) if arguments.json else print_result(planned.text())
         return 0
     outcome = train(request, say)
     if arguments.json:

@@ -53,6 +53,47 @@ def test_an_output_on_a_full_disk_is_said_once(tmp_path):
     assert said == ["standard output cannot be written (No space left on device); going on without it"]
 
 
+RESULT = """
+import sys
+from rsengine.errors import run_command
+from rsengine.output import print_json
+sys.exit(run_command(lambda: print_json({"accuracy": 0.5, "classes": ["x"] * 100_000}) or 0))
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+def test_a_result_on_a_full_disk_is_an_error(tmp_path):
+    with open("/dev/full", "w") as full:
+        process = start(tmp_path, RESULT, stdout=full, stderr=subprocess.PIPE, text=True)
+    error = "error: standard output: the result cannot be written (No space left on device); send it elsewhere\n"
+    assert process.communicate()[1] == error and process.returncode == 1
+
+
+def test_a_result_whose_reader_left_is_none(tmp_path):
+    process = start(tmp_path, RESULT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+@pytest.mark.parametrize("command", [
+    "rsengine.recipe_table --json",
+    "rsengine.recipe_table quickstart",
+    "rsengine.train --list-settings",
+    pytest.param(
+        "rsengine.train --data digits --recipe digits --epochs 1 --limit-train-batches 2 --json --quiet",
+        marks=pytest.mark.thorough,
+    ),
+    "rsengine.data.convert digits --out converted --json --quiet",
+])  # fmt: skip
+def test_every_command_whose_result_is_lost_says_so(tmp_path, command):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    words = [sys.executable, "-m", *command.split()]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, cwd=tmp_path, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "error: standard output: the result cannot be written" in done.stderr
+
+
 def test_characters_that_the_output_lacks_are_escaped(tmp_path):
     code = "import sys\nfrom rsengine.errors import run_command\nsys.exit(run_command(lambda: print('32×32') or 0))"
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
