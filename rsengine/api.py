@@ -87,12 +87,12 @@ def train(
 
     say = speaker(quiet=quiet, json=False)
     request = Request(
-        recipe=recipe if recipe is None or isinstance(recipe, Recipe) else os.fspath(recipe),
-        data=None if data is None else os.fspath(data),
+        recipe=recipe if isinstance(recipe, Recipe) else _given("recipe", recipe),
+        data=_given("data", data),
         set=set,
-        out=None if out is None else Path(out),
+        out=None if out is None else Path(_given("out", out)),
         resume=resume,
-        init=None if init is None else os.fspath(init),
+        init=_given("init", init),
         device=device,
         graph=graph,
         compile=compile,
@@ -118,7 +118,7 @@ def load(run: str | os.PathLike[str] | Run) -> Model:
     keep_compiled_code()
     from rsengine.run.weights import load_weights
 
-    path = Path(run.folder if isinstance(run, Run) else run)
+    path = run.folder if isinstance(run, Run) else Path(_given("run", run))
     return Model(load_weights(path), path)
 
 
@@ -149,7 +149,7 @@ class Run:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, stopped: bool = False) -> None:
-        self.folder, self.stopped = Path(folder), stopped
+        self.folder = Path(_given("folder", folder))
         self._log = RunLog(self.folder)
         if not (self.folder / RECIPE_FILE).is_file():
             raise InputError(f"{self.folder}: holds no run, for it has no {RECIPE_FILE}; give a run folder")
@@ -318,7 +318,15 @@ class Model:
         """
         from rsengine.export import export
 
-        return export(self.weights, format, path, **options)
+        return export(self.weights, format, _given("path", path), **options)
+
+
+def _given(name: str, path: str | os.PathLike[str] | None) -> str | None:
+    """``path`` as text. An empty one names nothing, and would be taken for the current folder."""
+    text = None if path is None else os.fspath(path)
+    if text is not None and not text.strip():
+        raise InputError(f"{name}: got an empty text; give a value, or leave it out")
+    return text
 
 
 def _png(figure: Figure) -> bytes:

@@ -221,6 +221,18 @@ def test_wrong_settings_are_refused_in_one_line(toy, tmp_path, settings, words):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["out", "data", "init", "recipe"])
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_text_names_nothing(tmp_path, monkeypatch, name, text):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^{name}: got an empty text; give a value, or leave it out$"):
+        rsengine.train(**{"recipe": "nothing", name: text})
+    for open_run in (rsengine.Run, rsengine.load):
+        with pytest.raises(UserError, match="got an empty text"):
+            open_run(text)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         rsengine.Run(tmp_path)
