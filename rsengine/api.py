@@ -103,7 +103,7 @@ def train(
     outcome = train(request, say)
     if outcome.stopped == signal.SIGTERM:
         raise SystemExit(status_of_stop(signal.SIGTERM))
-    return Run(outcome.folder, stopped=bool(outcome.stopped))
+    return Run(outcome.folder)
 
 
 def load(run: str | os.PathLike[str] | Run) -> Model:
@@ -142,13 +142,12 @@ class Run:
 
     Args:
         folder: where the run is.
-        stopped: whether it was stopped early in this process.
 
     Raises:
         InputError: ``folder`` holds no run.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, stopped: bool = False) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(_given("folder", folder))
         self._log = RunLog(self.folder)
         if not (self.folder / RECIPE_FILE).is_file():
@@ -158,6 +157,12 @@ class Run:
         epochs = self._log.records(EPOCH)
         done = f"{accuracy(epochs[-1]):.2%} after epoch {epochs[-1]['epoch']}" if epochs else "no epoch evaluated"
         return f"<Run {self.folder}: {done}{', stopped' * self.stopped}>"
+
+    @property
+    def stopped(self) -> bool:
+        """Whether fewer epochs are done than the recipe has: it was stopped early, or is under way."""
+        epochs = self._log.records(EPOCH)  # the last epoch of a recipe is always evaluated
+        return not epochs or epochs[-1]["epoch"] < self.recipe.train.epochs
 
     @property
     def recipe(self) -> Recipe:

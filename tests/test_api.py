@@ -177,8 +177,9 @@ def test_ctrl_c_returns_a_run_that_can_go_on(toy, tmp_path, monkeypatch, capsys,
     assert stopped.stopped and "stopped after step 5 of 18" in capsys.readouterr().out
     with pytest.raises(UserError, match="no epoch has been evaluated"):
         stopped.accuracy  # noqa: B018
+    assert rsengine.Run(tmp_path / "run").stopped and "stopped" in repr(stopped)
     whole = toy(tmp_path / "run", resume=True)
-    assert not whole.stopped and whole.accuracy == run.accuracy
+    assert not rsengine.Run(tmp_path / "run").stopped and not whole.stopped and whole.accuracy == run.accuracy
     assert_same_tensors(state_of(run.folder)["step"], state_of(whole.folder)["step"])
 
 
