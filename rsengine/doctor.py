@@ -1,4 +1,8 @@
-"""``rsengine doctor``: what this machine has, which paths a run will take and why, and how to get what is missing."""
+"""``rsengine doctor``: what this machine has, which paths a run will take and why, and how to get what is missing.
+
+It is run where packages are missing or broken, so this file imports the standard library alone at its top, and of
+rsengine what does the same.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from rsengine.cache import cache_folder
-from rsengine.data.errors import UserError
 from rsengine.errors import run_command
-from rsengine.output import add_output_options, counted, parsed, print_json, program
+from rsengine.output import UserError, add_output_options, counted, one_line, parsed, print_json, program
 from rsengine.run.machine import machine
 
 GOOD, OPTIONAL, WRONG = "ok", "--", "!!"
-NEEDED = ("torch", "torchvision", "numba", "numpy", "matplotlib", "pillow", "psutil", "safetensors", "tqdm", "tomli-w")
+NEEDED = {"numpy": "numpy", "pillow": "PIL", "tqdm": "tqdm", "psutil": "psutil", "tomli-w": "tomli_w"}  # and modules
+NEEDED |= {name: name for name in ("safetensors", "numba", "matplotlib", "torch", "torchvision")}
 # Packages that only some need: the module, what it is for, and the command that brings it.
 EXTRAS = {
+    "scikit-learn": ("sklearn", "the digits", "pip install scikit-learn"),
     "ffcv": ("ffcv", "the fastest loader", "pip install 'rsengine[ffcv]'"),
     "pyarrow": ("pyarrow", "data sets in Parquet", "pip install 'rsengine[parquet]'"),
     "timm": ("timm", "exporting to timm", "pip install 'rsengine[export]'"),
@@ -81,7 +86,7 @@ def examine() -> list[Finding]:
         Finding("machine", GOOD, f"{here['processor']}, {cores}{memory}, {here['os']}, {here['python']}"),
         _cache(),
     ]
-    packages = [_needed(name) for name in NEEDED]
+    packages = [_needed(*each) for each in NEEDED.items()]
     findings += packages
     if all(finding.state == GOOD for finding in packages):
         checks = (_device, _gpu, _loader, _normalisation, _fused, _compiler, _data)
@@ -98,21 +103,35 @@ def _examined(check: Callable[[], Finding]) -> Finding:
         return Finding(check.__name__.strip("_"), WRONG, f"cannot be examined ({why})", "install its package again")
 
 
-def _needed(name: str) -> Finding:
+def _needed(name: str, module: str) -> Finding:
+    """Whether the package ``name`` can be imported. That it is installed by its metadata says nothing of its files."""
+    version = _version(name)
     try:
-        return Finding(name, GOOD, importlib.metadata.version(name))
+        found = importlib.import_module(module)
+    except Exception as error:
+        lacks = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if lacks == module and version is None:
+            return Finding(name, WRONG, "not installed", f"pip install {name}")
+        package = next((each for each, its in NEEDED.items() if its == lacks != module), None)
+        remedy = f"mend {package} first" if package else f"pip install --force-reinstall {name}"
+        what = f"cannot be imported ({type(error).__name__}: {one_line(error)})"
+        return Finding(name, WRONG, f"{version}, {what}" if version else what, remedy)
+    if getattr(found, "__file__", None) is None:  # a folder without the files of the package
+        return Finding(name, WRONG, "its files are missing", f"pip install --force-reinstall {name}")
+    return Finding(name, GOOD, version or "installed")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name, WRONG, "not installed", f"pip install {name}")
+        return None
 
 
 def _extra(name: str, module: str, purpose: str, remedy: str) -> Finding:
     if importlib.util.find_spec(module) is None:
         return Finding(name, OPTIONAL, f"not installed; it is for {purpose}", remedy)
-    try:
-        version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        version = "installed"
-    return Finding(name, GOOD, f"{version}, for {purpose}")
+    return Finding(name, GOOD, f"{_version(name) or 'installed'}, for {purpose}")
 
 
 def _cache() -> Finding:

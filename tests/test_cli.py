@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -144,25 +145,65 @@ def test_doctor_finds_this_machine_ready(capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "ready to train"
 
 
-@pytest.mark.parametrize("missing", ["torch", "numba", "safetensors"])
-def test_doctor_names_a_missing_package_with_the_command_that_brings_it(missing):
-    code = f"""
+HIDDEN = """
 import importlib.metadata, sys
-plain = importlib.metadata.version
+plain, hidden, installed = importlib.metadata.version, {modules!r}, {installed!r}
 def version(name):
-    if name == {missing!r}:
+    if name in {names!r} and not installed:
         raise importlib.metadata.PackageNotFoundError(name)
     return plain(name)
+class Hiding:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in hidden:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 importlib.metadata.version = version
-sys.modules[{missing!r}] = None  # importing it raises
-from rsengine.doctor import main
-sys.exit(main([]))
+sys.meta_path.insert(0, Hiding())
+from rsengine.cli import main
+sys.exit(main(["doctor"]))
 """
+
+
+def doctor_without(names, *, installed=False):
+    """The lines of ``doctor`` that begin with !!, where the packages ``names`` cannot be imported."""
+    code = HIDDEN.format(names=names, modules=[doctor.NEEDED[name] for name in names], installed=installed)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith(doctor.WRONG)]
-    assert missing in line and f"pip install {missing}" in line
-    assert "not ready" in done.stdout
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("not ready")
+    return [line for line in done.stdout.splitlines() if line.startswith(doctor.WRONG)]
+
+
+def test_doctor_names_every_missing_package_with_the_command_that_brings_it():
+    lines = doctor_without(list(doctor.NEEDED))
+    assert len(lines) == len(doctor.NEEDED)
+    for name, line in zip(doctor.NEEDED, lines, strict=True):
+        assert line.split()[1] == name and f"not installed; pip install {name}" in line
+
+
+@pytest.mark.parametrize("missing", ["numpy", "tqdm", "pillow", "safetensors"])
+def test_doctor_names_a_missing_package_and_what_breaks_without_it(missing):
+    lines = doctor_without([missing])
+    own = next(line for line in lines if line.split()[1] == missing)
+    assert own.endswith(f"not installed; pip install {missing}")
+    assert all(line.endswith(f"; mend {missing} first") for line in lines if line != own)  # others that import it
+
+
+def test_a_package_that_is_installed_and_cannot_be_imported_is_wrong():
+    line = next(line for line in doctor_without(["tqdm"], installed=True) if line.split()[1] == "tqdm")
+    assert "cannot be imported (ModuleNotFoundError" in line and line.endswith("pip install --force-reinstall tqdm")
+
+
+def test_a_folder_in_place_of_a_package_is_wrong(tmp_path, monkeypatch):
+    (tmp_path / "tqdmless").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    finding = doctor._needed("tqdm", "tqdmless")
+    assert finding.state == doctor.WRONG and finding.what == "its files are missing"
+
+
+def test_doctor_looks_at_what_setup_requires():
+    required = re.search(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text(), re.DOTALL)[1]
+    names = set(re.findall(r'"([\w-]+)>=', required))
+    # triton is for GPUs, and scipy comes with scikit-learn
+    assert names - {"triton", "scipy"} == set(doctor.NEEDED) | {"scikit-learn"}
 
 
 def test_what_doctor_cannot_examine_is_a_finding():
