@@ -120,6 +120,8 @@ def load_dataset(folder: str | Path) -> Dataset:
     if TEMPORARY.match(folder.resolve().name):
         raise DataError(f"{folder}: left over from an interrupted conversion; remove it and {AGAIN}")
     put_back(folder)
+    if not folder.exists():
+        raise DataError(f"{folder}: no such folder; {AGAIN}")
     if not path.is_file():
         raise DataError(f"{folder}: no {DESCRIPTION} in it, so it is not a converted data set; {AGAIN}")
     try:

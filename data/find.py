@@ -99,6 +99,11 @@ def named_by_environment() -> str:
     return os.environ.get(VARIABLE, "").strip()
 
 
+def variable_of(data: str | os.PathLike[str] | None) -> str:
+    """The environment variable that names what :func:`find_dataset` finds for ``data``; empty where none does."""
+    return VARIABLE if data is None and named_by_environment() else ""
+
+
 def known_in(folder: Path) -> Path | None:
     """A data set in `folder` that needs no guessing: converted (the folder itself, or one directly in it), or an
     official CIFAR archive or folder, CIFAR-10 before CIFAR-100. None if there is none.

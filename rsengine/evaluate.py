@@ -6,8 +6,9 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from rsengine.data import Dataset, find_dataset
 from rsengine.data.beton.reader import BetonReader
+from rsengine.data.find import named_by_environment, variable_of
 from rsengine.data.paths import convert_command
 from rsengine.data.sources.images import LARGEST_SIDE, resize_and_crop
 from rsengine.engine.predictions import Predictions, joined, one_batch
@@ -23,7 +25,7 @@ from rsengine.errors import SettingsError, run_command
 from rsengine.export import Classifier, load_classifier
 from rsengine.input.choose import choose_loader
 from rsengine.output import add_output_options, counted, escaped, parsed, print_json, program, speaker
-from rsengine.run.same_data import relation_of
+from rsengine.run.same_data import measured_data_of, relation_of
 from rsengine.run.weights import WeightsError
 
 BATCH = 500
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog=EXAMPLE,
     )
     parser.add_argument("run", help="a run folder, or what rsengine.export wrote: a folder or a file of it")
-    parser.add_argument("--data", help="converted folder or source; default: as rsengine.train finds it")
+    parser.add_argument("--data", help="converted folder or source; default: $RSENGINE_DATA, or the run's own")
     parser.add_argument("--flip", action="store_true", help="average each image with its mirror image")
     parser.add_argument("--per-class", action="store_true", help="a table of the classes")
     parser.add_argument(
@@ -99,12 +101,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     say = speaker(quiet=arguments.quiet, json=arguments.json)
     classifier = load_classifier(arguments.run, arguments.device, arguments.precision)
     say(f"weights: {classifier}")
-    dataset = find_dataset(arguments.data, log=say)
+    folder = classifier.path if classifier.path.is_dir() else classifier.path.parent
+    dataset = _data_for(arguments.data, folder, say)
     if tuple(dataset.classes) != classifier.classes:
+        variable = variable_of(arguments.data)
+        given = f"{dataset.name}, which {variable} names," if variable else dataset.name
         raise WeightsError(
-            f"{arguments.run}: trained on other classes than {dataset.name} has; give the data it learned with --data"
+            f"{arguments.run}: trained on other classes than {given} has; give the data it learned with --data"
         )
-    relation = relation_of(dataset, classifier.path if classifier.path.is_dir() else classifier.path.parent)
+    relation = relation_of(dataset, folder)
     for line in relation.lines(dataset):
         say(line)
     result = measure(classifier, _batches(dataset, classifier, arguments.size), flip=arguments.flip)
@@ -141,6 +146,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         }
         print_json(figures | {"classes": class_figures(result.predictions, dataset.classes)})
     return 0
+
+
+def _data_for(data: str | None, folder: Path, say: Callable[[str], None]) -> Dataset:
+    """What ``data`` or $RSENGINE_DATA names; else the data of the run in ``folder``, where it says which; else others.
+
+    Raises:
+        DataError, CheckpointError: there are none, or not any more.
+    """
+    if data is None and not named_by_environment() and (own := measured_data_of(folder)) is not None:
+        say(f"data: {own.name} in {own.folder}, which the run began with")
+        return own
+    return find_dataset(data, log=say)
 
 
 def class_figures(predictions: Predictions, classes: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -397,12 +397,15 @@ class Trainer:
             save_weights(self.out, self._result_model, self.recipe, self.dataset)
         self._saving += time.perf_counter() - started
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Resume from a checkpoint. Raises :class:`CheckpointError` if it is of another data set or network."""
+    def restore(self, state: dict[str, Any], data_named_by: str = "") -> None:
+        """Resume from a checkpoint. Raises :class:`CheckpointError` if it is of another data set or network.
+
+        ``data_named_by``: the environment variable that names the data set, where one does.
+        """
         saved, path = Field(state), self.out / CHECKPOINT_FILE
         try:
             check_like(saved["step"]["counter"], self.step.counter)
-            refuse_other_data(state, self.dataset, self.out, self.steps_per_epoch)
+            refuse_other_data(state, self.dataset, self.out, self.steps_per_epoch, data_named_by)
             check_like(saved["step"], self.step.state_dict())
             epoch = saved["epoch"].integer(0, self.recipe.train.epochs)
             last = self.steps_per_epoch if epoch < self.recipe.train.epochs else 0  # all, before the evaluation

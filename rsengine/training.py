@@ -14,7 +14,7 @@ import torch
 from rsengine.config import Recipe, load_recipe
 from rsengine.data import Dataset, find_dataset
 from rsengine.data.errors import UserError
-from rsengine.data.find import named_by_environment
+from rsengine.data.find import named_by_environment, variable_of
 from rsengine.data.paths import convert_command
 from rsengine.device import Execution, choose_execution, keep_freed_memory
 from rsengine.engine.compiler import check_compiler, compile_errors
@@ -193,7 +193,7 @@ def _train(request: Request, say: Callable[[str], None], held: contextlib.ExitSt
         ranks=ranks,
     )
     if state is not None:
-        trainer.restore(state)
+        trainer.restore(state, variable_of(request.data))
     elif initial is not None:
         trainer.start_from(initial)
     if ranks.is_main:

@@ -110,6 +110,49 @@ def test_the_environment_names_other_data(begun, source, tmp_path, monkeypatch, 
     assert train_module.main(["--resume", "--device", "cpu", "--out", str(run)]) == 2
     error = capsys.readouterr().err
     assert "the run was on other data (pets, " in error and f"in {dataset.folder}, identity " in error
+    assert "than those that RSENGINE_DATA names (pets, " in error
+    monkeypatch.setenv("RSENGINE_DATA", str(dataset.folder))
+    assert resume(run, other.folder) == 2 and "RSENGINE_DATA" not in capsys.readouterr().err
+
+
+def evaluate_without_data(run, capsys):
+    status = evaluate_module.main([str(run), "--device", "cpu"])
+    return status, *(text.splitlines() for text in capsys.readouterr())
+
+
+def test_a_run_is_evaluated_on_the_data_that_it_began_with(begun, source, tmp_path, monkeypatch, capsys):
+    run, dataset = begun
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RSENGINE_DATA", "")
+    status, out, _ = evaluate_without_data(run, capsys)
+    assert status == 0 and out[1] == f"data: pets in {dataset.folder}, which the run began with"
+    assert out[2] == f"measuring {OWN}: the data that the run was trained and tested on"
+
+    other = convert(source, tmp_path / "other", test_fraction=0.5, log=lambda line: None)
+    monkeypatch.setenv("RSENGINE_DATA", str(other.folder))
+    status, out, _ = evaluate_without_data(run, capsys)
+    assert status == 0 and out[1] == f"data: RSENGINE_DATA names {other.folder}"
+
+    draw_classes(tmp_path / "new" / "others", 4, seed=5)
+    (tmp_path / "new" / "others" / "circle").rename(tmp_path / "new" / "others" / "ring")
+    others = convert(tmp_path / "new" / "others", tmp_path / "else", test_fraction=0.25, log=lambda line: None)
+    monkeypatch.setenv("RSENGINE_DATA", str(others.folder))
+    status, _, errors = evaluate_without_data(run, capsys)
+    assert status == 2 and "than others, which RSENGINE_DATA names, has;" in errors[0]
+
+
+def test_a_run_whose_data_are_gone_is_not_evaluated_on_others(begun, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RSENGINE_DATA", "")
+    run = tmp_path / "run"
+    shutil.copytree(begun[0], run)
+    log = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(log.replace(json.dumps(str(begun[1].folder)), json.dumps("/gone")))
+    status, _, errors = evaluate_without_data(run, capsys)
+    assert status == 2 and errors == [
+        f"error: {run}/metrics.jsonl: the run was on the data in /gone, which cannot be read (no such folder); "
+        "name the run's data with --data"
+    ]
 
 
 @pytest.mark.parametrize("left", ["gone", "others"])
@@ -127,7 +170,7 @@ def test_data_that_are_not_where_they_were_are_an_error_with_their_path(
     before = (run / "checkpoint.pt").read_bytes()
     status, _, errors = resume_without_data(run, monkeypatch, capsys)
     (error,) = errors
-    why = {"gone": "which cannot be read (no dataset.json", "others": "where there are others now; name"}
+    why = {"gone": "which cannot be read (no such folder); name", "others": "where there are others now; name"}
     assert status == 2 and f"the run was on the data in {moved}, {why[left]}" in error
     assert error.endswith("name the run's data with --data") and (run / "checkpoint.pt").read_bytes() == before
     assert resume(run, begun[1].folder) == 0

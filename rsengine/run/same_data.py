@@ -13,7 +13,7 @@ from rsengine.data.identity import images_in_common
 from rsengine.data.paths import BETONS
 from rsengine.output import counted
 from rsengine.run.checkpoint import CheckpointError
-from rsengine.run.files import CHECKPOINT_FILE, WEIGHTS_FILE, utf8_path
+from rsengine.run.files import CHECKPOINT_FILE, METRICS_FILE, WEIGHTS_FILE, utf8_path
 from rsengine.run.log import START, LogError, RunLog
 
 OPTIONS = ("size", "test_fraction", "validation", "seed")  # of the conversion, those that make other splits
@@ -66,13 +66,10 @@ def relation_of(dataset: Dataset, folder: Path) -> Relation:
     Raises:
         DataError: an image of either cannot be read.
     """
-    log = RunLog(folder)
     try:
-        log.check()
+        recorded = _recorded(folder)
     except LogError as error:  # the weights are as good without it
         return Relation("unknown", f"which data the network was trained and tested on is lost ({error})")
-    starts = log.records(START)
-    recorded = (starts[-1].get("data") if starts else None) or {}
     if not recorded.get("identity"):
         return Relation("unknown", "nothing says which data the network was trained and tested on")
     if recorded["identity"] == identity_of(dataset):
@@ -111,7 +108,32 @@ def data_of(state: dict[str, Any], folder: Path) -> Dataset | None:
     Raises:
         CheckpointError: they are not there any more, or others are.
     """
-    saved = state["dataset"]
+    return _where_it_was(state["dataset"], folder / CHECKPOINT_FILE)
+
+
+def measured_data_of(folder: Path) -> Dataset | None:
+    """The data of the run in ``folder`` by its log, where they were; None where it does not say.
+
+    Raises:
+        CheckpointError: they are not there any more, or others are.
+    """
+    try:
+        recorded = _recorded(folder)
+    except LogError:
+        return None  # relation_of says so
+    return _where_it_was(recorded, folder / METRICS_FILE) if recorded.get("identity") else None
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """What the log of the run in ``folder`` says of its data. Raises :class:`LogError` where it is damaged."""
+    log = RunLog(folder)
+    log.check()
+    starts = log.records(START)
+    return (starts[-1].get("data") if starts else None) or {}
+
+
+def _where_it_was(saved: dict[str, Any], record: Path) -> Dataset | None:
+    """The data that the file ``record`` describes as ``saved``, from their folder."""
     if "folder" not in saved:
         return None
     remedy = "name the run's data with --data"
@@ -120,22 +142,25 @@ def data_of(state: dict[str, Any], folder: Path) -> Dataset | None:
     except DataError as error:
         said = str(error).partition("; ")[0].removeprefix(f"{saved['folder']}: ")
         raise CheckpointError(
-            f"{folder / CHECKPOINT_FILE}: the run was on the data in {saved['folder']}, which cannot be read ({said}); "
+            f"{record}: the run was on the data in {saved['folder']}, which cannot be read ({said}); "
             f"{remedy}"
         ) from error
     if identity_of(dataset) != saved.get("identity"):
         raise CheckpointError(
-            f"{folder / CHECKPOINT_FILE}: the run was on the data in {saved['folder']}, where there are others now; "
+            f"{record}: the run was on the data in {saved['folder']}, where there are others now; "
             f"{remedy}"
         )
     return dataset
 
 
-def refuse_other_data(state: dict[str, Any], dataset: Dataset, folder: Path, steps_per_epoch: int) -> None:
+def refuse_other_data(
+    state: dict[str, Any], dataset: Dataset, folder: Path, steps_per_epoch: int, named_by: str = ""
+) -> None:
     """Raise :class:`CheckpointError` if the run in ``folder``, whose checkpoint is ``state``, was on other data.
 
     Older checkpoints have no identity. They are refused where anything that they or the weights beside them say
-    contradicts the data: the source, the steps in an epoch, the classes or the mean of the training set.
+    contradicts the data: the source, the steps in an epoch, the classes or the mean of the training set. ``named_by``:
+    the environment variable that names ``dataset``, where one does.
     """
     saved, given = state["dataset"], describe_data(dataset)
     if "identity" in saved:
@@ -145,8 +170,9 @@ def refuse_other_data(state: dict[str, Any], dataset: Dataset, folder: Path, ste
         same = same and state["epoch"] * steps_per_epoch + state["batch"] == int(state["step"]["counter"])
         same = same and _fits_weights(folder / WEIGHTS_FILE, dataset)
     if not same:
+        these = f"those that {named_by} names" if named_by else "these"
         raise CheckpointError(
-            f"{folder / CHECKPOINT_FILE}: the run was on other data ({_in_words(saved)}) than these "
+            f"{folder / CHECKPOINT_FILE}: the run was on other data ({_in_words(saved)}) than {these} "
             f"({_in_words(given)}); name its data with --data, or convert their source again with the same options"
         )
 
