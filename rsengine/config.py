@@ -63,14 +63,14 @@ def _number(
     help: str,
 ) -> Any:
     """A number from ``low`` to ``high``; or, without that, to ``most``, which no run needs and a machine can bear."""
-    kind = "an integer" if integer else "a number"
-    expected = f"{kind} >= {low:g}" if high is None else f"{kind} from {low:g} to {high:g}"
+    kind, form = ("an integer", ",") if integer else ("a number", "g")
+    expected = f"{kind} >= {low:{form}}" if high is None else f"{kind} from {low:{form}} to {high:{form}}"
 
     def allowed(value: Any) -> bool:
         if not (_is_integer(value) or (isinstance(value, float) and not integer)):
             return False
         if high is None and value > most:
-            raise RecipeError(f"{kind} from {low:g} to {most:,}")
+            raise RecipeError(f"{kind} from {low:{form}} to {most:,}")
         return low <= value and (high is None or value <= high)  # false for NaN
 
     return _setting(default, expected, allowed, f"{help} ({expected})")
@@ -323,9 +323,9 @@ class Recipe:
         changes: dict[str, dict[str, Any]] = {}  # applied at once: fields that must agree may come in any order
         for setting in settings:
             key, separator, text = setting.partition("=")
-            if not separator:
-                raise RecipeError(f"--set {setting}: expected section.key=value")
             key = key.strip()
+            if not separator or not key:
+                raise RecipeError(f"--set {setting}: expected section.key=value")
             if key not in specs:
                 raise RecipeError(_unknown(key, specs))
             section, _, name = key.rpartition(".")
@@ -369,13 +369,14 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in _shipped().iterdir() if entry.name.endswith(".toml"))
 
 
-def load_recipe(name_or_path: str) -> Recipe:
-    """A shipped recipe by name, or any other by the path of its TOML file. Raises :class:`RecipeError`."""
+def load_recipe(name_or_path: str, argument: str = "--recipe") -> Recipe:
+    """A shipped recipe by name, or any other by the path of its TOML file. Raises :class:`RecipeError`, which says of
+    a wrong name for which ``argument`` it was given."""
     if name_or_path.lower().endswith(".toml"):
         path = Path(name_or_path)
         try:
             if not path.is_file():
-                raise RecipeError(f"--recipe {name_or_path}: no such file")
+                raise RecipeError(f"{argument} {name_or_path}: no such file")
             text = decode(path.read_bytes())
         except OSError as error:
             raise RecipeError(f"{name_or_path}: cannot be read ({error.strerror}); check its permissions") from error
@@ -387,7 +388,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     names = recipe_names()
     if name_or_path not in names:
         nearest = _nearest(name_or_path, names)
-        raise RecipeError(f"--recipe {name_or_path}: expected one of {', '.join(names)}, or a .toml file{nearest}")
+        raise RecipeError(f"{argument} {name_or_path}: expected one of {', '.join(names)}, or a .toml file{nearest}")
     return Recipe.from_toml((_shipped() / f"{name_or_path}.toml").read_text("utf-8"), name_or_path)
 
 
@@ -490,7 +491,7 @@ def _unknown(key: str, known: Iterable[str]) -> str:
     near = _nearest(key, known)
     if not near:  # the right name in the wrong section
         near = _nearest(key, [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]], cutoff=0.0)
-    return f"{key}: no such key" + (near or f"; expected one of {', '.join(known)}")
+    return f"{key if key.strip() else shown(key)}: no such key" + (near or f"; expected one of {', '.join(known)}")
 
 
 def _nearest(value: Any, choices: Iterable[str], cutoff: float = 0.6) -> str:

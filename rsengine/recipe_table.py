@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print(arguments: argparse.Namespace) -> int:
-    recipes = [load_recipe(name) for name in ([arguments.recipe] if arguments.recipe else recipe_names())]
+    recipes = [load_recipe(name, "recipe") for name in ([arguments.recipe] if arguments.recipe else recipe_names())]
     if arguments.json:
         print_json({recipe.name: recipe.flat() for recipe in recipes})
     else:

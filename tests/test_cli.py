@@ -64,7 +64,10 @@ def test_usage_lines_name_what_was_typed(monkeypatch, started, usage):
     (["tran"], "error: tran: no such command; did you mean train?"),
     (["x"], "error: x: no such command; expected one of train, convert"),
     (["train", "--recipe", "nothing"], "error: --recipe nothing: expected one of"),
-    (["recipes", "nothing"], "error: --recipe nothing: expected one of"),
+    (["recipes", "nothing"], "error: recipe nothing: expected one of"),
+    (["recipes", "nothing.toml"], "error: recipe nothing.toml: no such file"),
+    (["train", "--set", "=5"], "error: --set =5: expected section.key=value"),
+    (["train", "--seed", "-1"], "error: train.seed: expected an integer from 0 to 2,147,483,647; got -1"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_2(arguments, words, capsys):
     assert cli.main(arguments) == 2
