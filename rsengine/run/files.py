@@ -28,6 +28,9 @@ _REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space and start again",
     errno.EDQUOT: "your share of the disk is used up; free some space and start again",
     errno.EFBIG: "it is larger than files may be here; raise the limit (ulimit -f) and start again",
+    errno.EEXIST: "what has that name is not a folder; name another with --out",
+    errno.ENOTDIR: "what has that name, or one above it, is not a folder; name another with --out",
+    errno.EISDIR: "a folder has that name; name another with --out",
     errno.EROFS: "the disk can only be read; name another folder with --out",
 }
 
