@@ -193,7 +193,8 @@ def test_labels_in_another_case_are_no_classes_and_folders_without_any_are_no_la
     draw("in/TWO\nLINES/1.png"), draw("other/2026/1.png"), draw("right/猫/1.png")
     assert call(run, "in", "other", "right") == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "of the network" in line]
-    assert line.startswith("in: TWO\\nLINES (1 picture) is no class")
+    hint = "did you mean two\\nlines?"
+    assert line.startswith(f"in: TWO\\nLINES (1 picture; {hint}) is no class")
 
 
 @pytest.mark.parametrize(

@@ -126,11 +126,17 @@ def _folder(
 def _unknown_labels(path: Path, names: Sequence[str], classes: Sequence[str]) -> str | None:
     """A line on the first folders below ``path`` that are no class, where others are, or are but for their case."""
     found = Counter(PurePath(name).parts[0] for name in names if len(PurePath(name).parts) > 1)
-    known = {name.casefold() for name in classes}
+    known = {name.casefold(): name for name in classes}
     unknown = {name: number for name, number in found.items() if name not in classes}
     if not unknown or not any(name.casefold() in known for name in found):
         return None
-    named = few([f"{escaped(name)} ({counted(number, 'picture')})" for name, number in unknown.items()])
+
+    def described(name: str) -> str:
+        near = known.get(name.casefold())
+        hint = f"; did you mean {escaped(near)}?" if near is not None else ""
+        return f"{escaped(name)} ({counted(unknown[name], 'picture')}{hint})"
+
+    named = few([described(name) for name in unknown])
     total = sum(unknown.values())
     are, score = "is no class" if len(unknown) == 1 else "are no classes", "is" if total == 1 else "are"
     return f"{escaped(path)}: {named} {are} of the network, so {counted(total, 'picture')} {score} not scored"
