@@ -11,7 +11,7 @@ from rsengine.augment.policies import POLICIES
 from rsengine.config import Recipe, with_short
 from rsengine.data import find_dataset
 from rsengine.errors import SettingsError, run_command
-from rsengine.output import add_output_options, escaped, parsed, print_json, program, speaker
+from rsengine.output import add_output_options, counted, escaped, parsed, print_json, program, speaker
 from rsengine.run.augmented import draw_augmented
 from rsengine.run.lettering import labels_said
 
@@ -40,24 +40,30 @@ def main(argv: list[str] | None = None) -> int:
 def _draw(arguments: argparse.Namespace) -> int:
     if min(arguments.images, arguments.rows) < 1 or arguments.seed < 0:
         raise SettingsError("--images and --rows: expected at least 1, and --seed at least 0")
+    out = Path(arguments.out)
+    if out.suffix.lower() != ".png":
+        raise SettingsError(f"--out {out}: expected a name that ends in .png")
     settings = with_short(arguments.set, {"--policy": ("policy", arguments.policy)})
     augment = Recipe().with_settings(["augment.policy=autoaugment", *(f"augment.{each}" for each in settings)]).augment
     say = speaker(quiet=arguments.quiet, json=arguments.json)
     dataset = find_dataset(arguments.data, fallback_digits=arguments.data is None, log=say)
-    draw_augmented(
+    examples = draw_augmented(
         dataset,
         augment,
-        Path(arguments.out),
+        out,
         title=f"{dataset.name}: {augment.policy}",
         seed=arguments.seed,
         images=arguments.images,
         epochs=arguments.rows,
         labels=labels_said(dataset.classes, say),
     )
+    images = len(examples.labels)
+    if images < arguments.images:
+        say(f"--images {arguments.images}: drawn are all {counted(images, 'image')} of the training set")
     say(f"wrote {escaped(arguments.out)}")
     if arguments.json:
         drawn = {"out": arguments.out, "dataset": dataset.name, "settings": asdict(augment), "seed": arguments.seed}
-        print_json(drawn | {"images": arguments.images, "rows": arguments.rows})
+        print_json(drawn | {"images": images, "rows": arguments.rows})
     return 0
 
 
