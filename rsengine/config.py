@@ -333,9 +333,9 @@ class Recipe:
         top = changes.pop("", {})
         return replace(self, **top, **{name: replace(getattr(self, name), **new) for name, new in changes.items()})
 
-    def flat(self) -> dict[str, bool | int | float | str]:
-        """Every setting by ``section.key``, lists as text."""
-        return {key: str(list(value)) if isinstance(value, tuple) else value for key, _, value in _leaves(self)}
+    def flat(self) -> dict[str, bool | int | float | str | list[int]]:
+        """Every setting by ``section.key``."""
+        return {key: _lists(value) for key, _, value in _leaves(self)}
 
     def differences(self, other: Recipe) -> list[str]:
         """``key: this value, other value`` for every field in which two recipes differ."""

@@ -12,7 +12,7 @@ import pytest
 
 from rsengine import cli, doctor, recipe_table
 from rsengine import train as train_module
-from rsengine.config import Recipe, recipe_names
+from rsengine.config import Recipe, load_recipe, recipe_names
 from rsengine.data import find_dataset
 from rsengine.data.find import NotConverted
 from rsengine.output import program
@@ -131,6 +131,8 @@ def test_recipes_are_a_table_and_json(capsys):
     assert [line.split()[0] for line in table[2 : 2 + len(recipe_names())]] == recipe_names()
     assert recipe_table.main(["--json"]) == 0
     recipes = json.loads(capsys.readouterr().out)
+    assert recipes["quickstart"]["model.blocks"] == list(load_recipe("quickstart").model.blocks) != []
+    assert recipes["report-1"]["schedule.milestones"] == list(load_recipe("report-1").schedule.milestones)
     assert list(recipes) == recipe_names() and recipes["quickstart"]["train.epochs"] == 8
     assert recipe_table.main(["speedrun"]) == 0
     assert Recipe.from_toml(capsys.readouterr().out).name == "speedrun"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from rsengine.augment.policies import POLICIES
@@ -44,7 +43,8 @@ def _draw(arguments: argparse.Namespace) -> int:
     if out.suffix.lower() != ".png":
         raise SettingsError(f"--out {out}: expected a name that ends in .png")
     settings = with_short(arguments.set, {"--policy": ("policy", arguments.policy)})
-    augment = Recipe().with_settings(["augment.policy=autoaugment", *(f"augment.{each}" for each in settings)]).augment
+    recipe = Recipe().with_settings(["augment.policy=autoaugment", *(f"augment.{each}" for each in settings)])
+    augment = recipe.augment
     say = speaker(quiet=arguments.quiet, json=arguments.json)
     dataset = find_dataset(arguments.data, fallback_digits=arguments.data is None, log=say)
     examples = draw_augmented(
@@ -62,7 +62,8 @@ def _draw(arguments: argparse.Namespace) -> int:
         say(f"--images {arguments.images}: drawn are all {counted(images, 'image')} of the training set")
     say(f"wrote {escaped(arguments.out)}")
     if arguments.json:
-        drawn = {"out": arguments.out, "dataset": dataset.name, "settings": asdict(augment), "seed": arguments.seed}
+        own = {key: value for key, value in recipe.flat().items() if key.startswith("augment.")}
+        drawn = {"out": arguments.out, "dataset": dataset.name, "settings": own, "seed": arguments.seed}
         print_json(drawn | {"images": images, "rows": arguments.rows})
     return 0
 

@@ -98,7 +98,8 @@ def open_tracking(
 ) -> Tracking:
     """Begin to follow a run with the trackers ``names``. Those that fail are left out, with a line to ``say``."""
     tracking = Tracking({}, say)
-    run = TrackedRun(out, {**recipe.flat(), "data": dataset.name}, step)
+    settings = {key: str(value) if isinstance(value, list) else value for key, value in recipe.flat().items()}
+    run = TrackedRun(out, {**settings, "data": dataset.name}, step)
     for name in dict.fromkeys(names):
         with tracking.guarded(name):
             tracker: Tracker = importlib.import_module(f"rsengine.track.{name}_tracker").make()

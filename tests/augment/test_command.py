@@ -21,6 +21,8 @@ def call(toy_dataset, tmp_path, capsys):
 def test_the_images_are_those_that_were_drawn(call, tmp_path, asked, drawn):
     status, out, err = call("a.PNG", "--images", str(asked), "--rows", "1", "--json")
     assert status == 0 and json.loads(out)["images"] == drawn
+    settings = json.loads(out)["settings"]
+    assert settings["augment.policy"] == "autoaugment" and all(key.startswith("augment.") for key in settings)
     said = f"--images {asked}: drawn are all 150 images of the training set"
     assert (said in err.splitlines()) == (drawn < asked)
     assert Image.open(tmp_path / "a.PNG").format == "PNG"
