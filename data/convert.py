@@ -309,7 +309,7 @@ def written(dataset: Dataset, seconds: float) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     command = program("convert")
     parser = argparse.ArgumentParser(
-        prog=command if command.startswith("rsengine") else convert_command(),
+        prog=convert_command() if command.endswith(".convert") else command,
         description="Convert a data set to train.beton, test.beton and dataset.json.",
         epilog="example: %(prog)s digits --out data/digits",
     )

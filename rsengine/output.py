@@ -60,13 +60,14 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-def program(command: str) -> str:
-    """How ``command`` was started, for its usage line: by the console script or by its module."""
+def program(command: str, module: str = "") -> str:
+    """How ``command`` was started, for its usage line: by the console script, or by its ``module`` where that has
+    another name."""
     started = Path(sys.argv[0])
     if started.stem.removesuffix("-script") == "rsengine":
         return f"rsengine {command}"
     by_package = started.name == "__main__.py" and started.parent.name == "rsengine"
-    return f"python -m rsengine {command}" if by_package else f"python -m rsengine.{command}"
+    return f"python -m rsengine {command}" if by_package else f"python -m rsengine.{module or command}"
 
 
 def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -105,7 +105,8 @@ def _predict(arguments: argparse.Namespace) -> int:
                 say(f"wrote {escaped(path)}")
     elif arguments.pictures is not None:
         say(f"--pictures {escaped(arguments.pictures)}: nothing drawn, for no picture that was read has a label")
-    if arguments.json:
+    status = 0 if not failed else 1 if read else DataError.status
+    if arguments.json and status != DataError.status:
         result = {
             "weights": str(classifier.path),
             "format": classifier.kind,
@@ -120,7 +121,7 @@ def _predict(arguments: argparse.Namespace) -> int:
             scores = {"pictures": labelled.images, "accuracy": labelled.accuracy}
             result["labelled"] = scores | {"classes": list(labelled.classes), "confusion": labelled.confusion.tolist()}
         print_json(result)
-    return 0 if not failed else 1 if read else DataError.status
+    return status
 
 
 def batches(

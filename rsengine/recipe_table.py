@@ -8,7 +8,7 @@ import textwrap
 
 from rsengine.config import Recipe, load_recipe, recipe_names
 from rsengine.errors import run_command
-from rsengine.output import add_output_options, parsed, print_json, print_result
+from rsengine.output import add_output_options, parsed, print_json, print_result, program
 
 HEAD = ("recipe", "epochs", "batch", "learning rate", "policy", "network")
 
@@ -16,7 +16,7 @@ HEAD = ("recipe", "epochs", "batch", "learning rate", "policy", "network")
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0, or 2 for a name that is no recipe."""
     parser = argparse.ArgumentParser(
-        prog="rsengine recipes",
+        prog=program("recipes", "recipe_table"),
         description="List the recipes that come with rsengine, or print one as TOML.",
         epilog="example: %(prog)s quickstart > mine.toml",
     )

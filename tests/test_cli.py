@@ -60,6 +60,16 @@ def test_usage_lines_name_what_was_typed(monkeypatch, started, usage):
     assert program("train") == usage
 
 
+@pytest.mark.parametrize("started", ["rsengine", "python -m rsengine"])
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_an_error_of_usage_names_the_command_as_it_was_started(monkeypatch, capsys, started, name):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/rsengine" if started == "rsengine" else "/x/rsengine/__main__.py"])
+    with pytest.raises(SystemExit) as left:
+        cli.main([name, "--nonsense"])
+    *usage, error = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and usage[0].startswith("usage: ") and error.startswith(f"{started} {name}: error: ")
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["tran"], "error: tran: no such command; did you mean train?"),
     (["x"], "error: x: no such command; expected one of train, convert"),

@@ -110,6 +110,7 @@ def test_without_a_single_picture_the_status_is_that_of_bad_input(run, folder, c
     assert call(run, "bad.png", "none.png") == 2
     captured = capsys.readouterr()
     assert captured.out.count("\n") == 1 and len(captured.err.splitlines()) == 2
+    assert call(run, "bad.png", "--json") == 2 and capsys.readouterr().out == ""
 
 
 def test_a_folder_stands_for_the_pictures_below_it_in_order(run, folder, capsys):
