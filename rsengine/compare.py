@@ -37,7 +37,9 @@ def _compare(arguments: argparse.Namespace) -> int:
             print(f"{words}no finished run")
             continue
         words += f"{statistics.fmean(group.seeds):.2%}, n = {len(group.seeds)}"
-        print(words + (f", 95% interval {group.interval[0]:.2%} to {group.interval[1]:.2%}" if group.interval else ""))
+        if group.interval:
+            words += f", 95% interval {group.interval[0]:.2%} to {group.interval[1]:.2%}"
+        print(words + ", no spread between the seeds" * (group.spread == 0))
     for head, words in warnings(runs):
         print(f"{head.lower()}: {escaped(words.removesuffix('.'))}")
     print(f"wrote {escaped(arguments.out)}")

@@ -76,6 +76,27 @@ def test_one_seed_has_no_interval_and_a_seed_that_ran_twice_counts_once(make, ca
     assert second == "B  train.label_smoothing=0.0: 70.00%, n = 1"
 
 
+def test_seeds_with_one_result_have_no_interval(make, capsys):
+    folders = [make(f"r{seed}", 0.1003, f"train.seed={seed}") for seed in range(2)]
+    assert main([str(folder) for folder in folders]) == 0
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first.endswith(": 10.03%, n = 2, no spread between the seeds")
+    assert " 0.00 no spread " in words()[1]
+
+
+def test_configurations_that_share_what_is_named_first_are_told_apart(make, capsys):
+    many = ("model.dropout=0.5", "model.stem_width=16", "optimizer.momentum=0.8", "schedule.learning_rate=0.2")
+    late = ("train.batch_size=64", "train.label_smoothing=0")
+    folders = [make("a", 0.8), make("b", 0.8, *many), make("c", 0.8, *many, *late), make("d", 0.8, *many, late[1])]
+    data = [{"data": {"name": "x", "identity": letter * 64}} for letter in "ef"]
+    folders += [make("e", 0.8, *many, **data[0]), make("f", 0.8, *many, **data[1])]
+    assert main([str(folder) for folder in folders]) == 0
+    lines = [line.partition("  ")[2] for line in capsys.readouterr().out.splitlines()[:6]]
+    assert len(set(lines)) == 6
+    assert "train.batch_size=64" in lines[2] and "train.label_smoothing=0.0" in lines[3]
+    assert "data eeeeeeee…" in lines[4] and "data ffffffff…" in lines[5] and len(lines[5]) < 250
+
+
 def test_an_unfinished_run_is_named_and_not_in_the_mean(make, capsys):
     folders = [
         make("whole", 0.8),
@@ -121,7 +142,7 @@ def test_accuracies_on_one_test_set_compare_whatever_was_trained_on(make, capsys
     older = {"name": "toy", "identity": 64 * "c"}
     make("a", 0.8, data=data("b", "t")), make("b", 0.8, data=data("c", "t")), make("older", 0.8, data=older)
     assert main(["a", "b", "older"]) == 0
-    assert "data" not in capsys.readouterr().out
+    assert "same data" not in capsys.readouterr().out
     make("c", 0.8, data=data("b", "u"))
     assert main(["a", "b", "c"]) == 0
     assert "not the same data: a, b on toy (identity bbbbbbbb…); c on toy (" in capsys.readouterr().out

@@ -24,6 +24,8 @@ from rsengine.text import decode
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")
 _SEED = "train.seed"
 _WORDS = {"name", "comment"}  # keys of a recipe that change nothing
+_DECISIVE = ("data, identity", "initial weights, sha256")  # of the surroundings, those that make another configuration
+_NAMED = 4  # differences in the description of a configuration
 
 
 class CompareError(UserError):
@@ -79,8 +81,7 @@ class Run:
     def configuration(self) -> str:
         """Equal for runs that differ in nothing but their seeds, as far as results go."""
         kept = {key: value for key, value in self.settings.items() if key not in _WORDS | {_SEED}}
-        decisive = [self.surroundings.get(name) for name in ("data, identity", "initial weights, sha256")]
-        return repr((sorted(kept.items()), decisive))
+        return repr((sorted(kept.items()), [self.surroundings.get(name) for name in _DECISIVE]))
 
 
 @dataclass(frozen=True)
@@ -97,15 +98,20 @@ class Group:
         return [value for value in found.values() if value is not None]
 
     @property
+    def spread(self) -> float | None:
+        """The standard deviation over seeds; None for fewer than two."""
+        return statistics.stdev(self.seeds) if len(self.seeds) > 1 else None
+
+    @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % confidence interval of the mean over seeds, by Student's t, in [0, 1]; None for fewer than two."""
+        """The 95 % confidence interval of the mean over seeds, by Student's t, in [0, 1]; None for fewer than two, and
+        for seeds with one result, which tell nothing of others."""
         from scipy.special import stdtrit
 
-        n = len(self.seeds)
-        if n < 2:
+        if not self.spread:
             return None
-        mean, spread = statistics.fmean(self.seeds), statistics.stdev(self.seeds)
-        half = float(stdtrit(n - 1, 0.975)) * spread / math.sqrt(n)
+        n, mean = len(self.seeds), statistics.fmean(self.seeds)
+        half = float(stdtrit(n - 1, 0.975)) * self.spread / math.sqrt(n)
         return max(0.0, mean - half), min(1.0, mean + half)
 
 
@@ -164,10 +170,31 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def described(group: Group, groups: Sequence[Group]) -> str:
-    """What sets a configuration apart from the others, in a few words."""
-    keys = [key for key in differing([each.runs[0].settings for each in groups]) if key not in _WORDS | {_SEED}]
-    words = [f"{key}={setting(group.runs[0].settings.get(key))}" for key in keys[:4]]
-    return ", ".join(words) + f" and {len(keys) - 4} more" * (len(keys) > 4) or str(group.runs[0].settings.get("name"))
+    """What sets a configuration apart from the others, in a few words: more of them where others share the first."""
+    own, *others = (_decisive(each) for each in (group, *groups))
+    keys = differing([own, *others])
+    named = keys[:_NAMED]
+    for other in others:
+        apart = [key for key in keys if repr(other.get(key)) != repr(own.get(key))]
+        if apart and not set(apart) & set(named):
+            named.append(apart[0])
+    words = ", ".join(_in_words(key, own.get(key)) for key in named)
+    more = f" and {len(keys) - len(named)} more" * (len(keys) > len(named))
+    return words + more or str(group.runs[0].settings.get("name"))
+
+
+def _in_words(key: str, value: Any) -> str:
+    """A difference: ``model.depth=50``, or ``data 0123abcd…`` for what is known by a sum alone."""
+    if key not in _DECISIVE:
+        return f"{key}={setting(value)}"
+    return f"{key.partition(',')[0]} {NONE if value is None else shortened(value, 9)}"
+
+
+def _decisive(group: Group) -> dict[str, Any]:
+    """The settings of a configuration and all else that makes it another one."""
+    run = group.runs[0]
+    kept = {key: value for key, value in run.settings.items() if key not in _WORDS | {_SEED}}
+    return kept | {name: run.surroundings.get(name) for name in _DECISIVE}
 
 
 def comparison(runs: Sequence[Run]) -> bytes:
@@ -229,13 +256,15 @@ def _results(groups: Sequence[Group]) -> Iterator[Markup]:
     for group in groups:
         n = len(group.seeds)
         mean = statistics.fmean(group.seeds) if n else None
-        spread = f"{100 * statistics.stdev(group.seeds):.2f}" if n > 1 else NONE
+        spread = NONE if group.spread is None else f"{100 * group.spread:.2f}"
         interval = " to ".join(map(percent, group.interval)) if group.interval else NONE
+        if group.spread == 0:
+            interval = "no spread"
         seconds = [run.epochs[-1]["seconds"] for run in group.runs if run.finished]
         time = statistics.fmean(seconds) if seconds else None
         words = shortened(described(group, groups), 160)
         rows.append((group.name, words, n, percent(mean), spread, interval, duration(time) if seconds else NONE))
-        keys.append((group.name, words, n, mean, statistics.stdev(group.seeds) if n > 1 else None, mean, time))
+        keys.append((group.name, words, n, mean, group.spread, mean, time))
     head = ("", "Configuration", "Seeds", "Mean accuracy", "Std. dev.", "95 % interval", "Mean time")
     yield table(head, rows, numbers=range(2, 7), keys=keys)
     yield note(
