@@ -253,6 +253,28 @@ def test_every_section_is_shown_without_an_error_or_a_request(browser, report, w
     assert browser.errors == [] and browser.requests == [report.as_uri()]
 
 
+BROKEN = """[...document.querySelectorAll("th, .headline *, h2")].flatMap((each) => {
+  const walker = document.createTreeWalker(each, NodeFilter.SHOW_TEXT), found = [];
+  for (let node; node = walker.nextNode();) {
+    for (const word of node.data.matchAll(/[^\\s\\-–]+/g)) {
+      const range = document.createRange();
+      range.setStart(node, word.index); range.setEnd(node, word.index + word[0].length);
+      if (word[0].length < 20 && range.getBoundingClientRect().height > 1.5 * range.getClientRects()[0]?.height)
+        found.push(word[0]);
+    }
+  }
+  return found;
+})"""
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [320, 390])
+def test_no_word_of_a_heading_breaks_on_a_phone(browser, report, width):
+    browser.open(report, width=width)
+    assert browser.run(BROKEN) == []
+    assert browser.run("document.scrollingElement.scrollWidth") <= width
+
+
 @needs_chromium
 def test_the_words_can_be_told_from_the_paper(browser, report):
     """WCAG's contrast of 4.5 for text, in both schemes."""
