@@ -19,7 +19,7 @@ from rsengine.augment.fills import FILLS
 from rsengine.augment.policies import CROP_MODES, INTERPOLATIONS, POLICIES, policy_of
 from rsengine.checked import shown
 from rsengine.data.errors import UserError
-from rsengine.model import DEPTHS, DROP_PATH_RULES, body_parts
+from rsengine.model import DEPTHS, DROP_PATH_RULES, ZERO_INITS, body_parts
 from rsengine.model.layers import PRODUCTS
 from rsengine.schedule import SCHEDULES
 from rsengine.text import decode, parse_toml
@@ -122,6 +122,11 @@ class ModelSection:
     drop_path: float = _number(0.0, 0.0, 0.99, help="rate of stochastic depth")
     drop_path_rule: str = _choice("tf", DROP_PATH_RULES, help="how the rate is spread over the blocks")
     dropout: float = _number(0.25, 0.0, 0.99, help="rate of dropout before the classifier")
+    zero_init: str = _choice(
+        "last",
+        tuple(ZERO_INITS),
+        help="batch norm of each block that begins at zero; middle, as the report's code had it, kills the branch",
+    )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from rsengine.run.signals import StopRequest, stop_requests
 from rsengine.run.tensors import check_like
 from rsengine.run.weights import save_weights
 
+MOST_NAMED = 3  # parameters in one line
 ASK_EVERY = 8  # steps on a GPU, after which several processes ask each other whether to stop
 
 
@@ -201,6 +202,9 @@ class Trainer:
                     aside = time.perf_counter()
                     display.line(f"model: {self.step.model.summary(self.dataset.image_size)}")
                     started += time.perf_counter() - aside
+                if self.steps_done == 2:  # in the first, the batch norms that begin at zero hold back all before them
+                    for line in self._dead_parameters():
+                        display.line(line)
                 minutes = self.recipe.train.checkpoint_minutes
                 checkpoint_due = minutes > 0 and time.perf_counter() - saved > 60 * minutes
                 last = progress.batch == self.steps_per_epoch
@@ -215,6 +219,19 @@ class Trainer:
                     self.save()
                     saved = started = time.perf_counter()
         return 0
+
+    def _dead_parameters(self) -> Iterator[str]:
+        """A line about the parameters whose gradient is exactly zero, if there are any. Waits for the device."""
+        update = self.step.update
+        if names := update.without_gradient():
+            sizes = {name: p.numel() for name, p in zip(update.names, update.params, strict=True)}
+            dead = sum(sizes[name] for name in names)
+            more = f" and {len(names) - MOST_NAMED:,} more" * (len(names) > MOST_NAMED)
+            yield (
+                f"warning: {len(names):,} of {len(sizes):,} parameter tensors, {dead / sum(sizes.values()):.1%} of all "
+                f"parameters, had a gradient of exactly zero in the second step, so they do not learn: "
+                f"{', '.join(names[:MOST_NAMED])}{more}"
+            )
 
     def _agreed(self, signal: int, checkpoint_due: bool, last: bool) -> tuple[int, bool]:
         """What all processes do after this step: stop for a signal that any of them got, save if that is due in any.

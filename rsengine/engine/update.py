@@ -51,7 +51,8 @@ class Update:
         ranks: the processes that share each batch. The gradients are those of all of them together.
 
     Attributes:
-        params, momentum_buffers, weight_decay: of every parameter of ``model`` that takes a gradient, in its order.
+        names, params, momentum_buffers, weight_decay: of every parameter of ``model`` that takes a gradient, in its
+            order.
         copies: by the name of the parameter; empty for none. The backward pass leaves their gradients on them.
         shadow: the EMA of ``params``, or ``None``.
         reduction: of the gradients over the processes; ``None`` for one process.
@@ -72,7 +73,7 @@ class Update:
         optimizer, schedule = recipe.optimizer, recipe.schedule
         self.momentum, self.nesterov, self.clip_norm = optimizer.momentum, optimizer.nesterov, optimizer.clip_norm
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.params = list(trained.values())
+        self.names, self.params = list(trained), list(trained.values())
         self.momentum_buffers = [torch.zeros_like(p) for p in self.params]
         # Convolution and linear weights have two dimensions or more; BN parameters and biases have one.
         exempt = not optimizer.decay_bn_and_bias
@@ -190,6 +191,16 @@ class Update:
             torch._foreach_copy_(group.copies, [p.detach() for p in group.params])
         if decay is not None:
             ema_update(group.shadow, group.params, decay)
+
+    def without_gradient(self) -> list[str]:
+        """The names of the parameters whose gradient in the last step was exactly zero. Waits for the device.
+
+        The gradients stay where the step wrote them until the next one; those of a captured step are in its graph's
+        memory, which each replay writes anew.
+        """
+        largest = torch._foreach_norm([leaf.grad for leaf in self._leaves], torch.inf)
+        is_zero = (torch.stack([norm.float() for norm in largest]) == 0).tolist()
+        return [name for name, zero in zip(self.names, is_zero, strict=True) if zero]
 
     @torch.no_grad()
     def refresh_copies(self) -> None:

@@ -34,6 +34,7 @@ DEPTHS: dict[int, tuple[int, int, int, int]] = {
     420: (4, 44, 87, 4),
 }
 DROP_PATH_RULES = ("tf", "timm")
+ZERO_INITS = {"last": "bn3", "middle": "bn2", "none": ""}  # the batch norm of a block whose weight begins at zero
 EXPANSION = 4
 HEAD = "fc"  # the classifier; everything else is the body
 
@@ -141,6 +142,7 @@ class ResNetRS(nn.Module):
         se_ratio: float,
         drop_path: Sequence[float],
         dropout: float,
+        zero_init: str,
     ) -> None:
         super().__init__()
         self.dropout = dropout
@@ -159,16 +161,14 @@ class ResNetRS(nn.Module):
         self._batch_norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
         for bn in self._batch_norms:
             bn.counts = False
-        self._initialise()
+        self._initialise(ZERO_INITS[zero_init])
 
-    def _initialise(self) -> None:
+    def _initialise(self, zeroed: str) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, Bottleneck):
-                # The *last* batch norm, after which nothing but the sum follows: zeroing one that feeds a ReLU would
-                # leave both its output and its gradient at zero forever.
-                nn.init.zeros_(module.bn3.weight)
+            elif isinstance(module, Bottleneck) and zeroed:
+                nn.init.zeros_(module.get_submodule(zeroed).weight)
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
 
@@ -261,6 +261,7 @@ def resnet_rs(
     drop_path: float = 0.0,
     drop_path_rule: str = "tf",
     dropout: float = 0.25,
+    zero_init: str = "last",
 ) -> ResNetRS:
     """Build a ResNet-RS.
 
@@ -275,6 +276,10 @@ def resnet_rs(
         drop_path: rate of stochastic depth. ``drop_path_rule`` spreads it: ``"tf"`` as the authors' code does, constant
             in a stage, ``drop_path * (i / 5)`` for i = 2 ... 5; ``"timm"``, growing linearly over the blocks from 0.
         dropout: rate before the classifier.
+        zero_init: the batch norm of each block whose weight begins at zero. ``"last"``: the third, after which nothing
+            but the sum follows, so that a block begins as its shortcut and learns from the second step on.
+            ``"middle"``: the second, as the report's code had it. It feeds a ReLU, whose output and gradient are then
+            zero, so no weight of the branch ever changes. ``"none"``: all begin at one.
 
     Raises:
         ValueError: an argument is out of its range; the message names it and the range.
@@ -298,6 +303,7 @@ def resnet_rs(
         drop_path_rule in DROP_PATH_RULES, "drop_path_rule", f"one of {', '.join(DROP_PATH_RULES)}", drop_path_rule
     )
     _require(0 <= dropout < 1, "dropout", "a number in [0, 1)", dropout)
+    _require(zero_init in ZERO_INITS, "zero_init", f"one of {', '.join(ZERO_INITS)}", zero_init)
     return ResNetRS(
         blocks,
         num_classes,
@@ -308,6 +314,7 @@ def resnet_rs(
         se_ratio=se_ratio,
         drop_path=drop_path_rates(blocks, drop_path, drop_path_rule),
         dropout=dropout,
+        zero_init=zero_init,
     )
 
 

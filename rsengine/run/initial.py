@@ -37,7 +37,8 @@ from rsengine.run.foreign import (
 from rsengine.run.weights import load_weights
 
 UNUSED = "num_batches_tracked"  # has no effect while batch norm has a fixed momentum; old files lack it
-FREE = ("drop_path", "drop_path_rule", "dropout")  # of the recipe's [model]: these change no weight's meaning
+# Of the recipe's [model]: these change no weight's meaning.
+FREE = ("drop_path", "drop_path_rule", "dropout", "zero_init")
 
 
 @dataclass(frozen=True)
