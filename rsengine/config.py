@@ -118,7 +118,7 @@ class ModelSection:
     stem_stride: int = _number(2, 1, 2, integer=True, help="stride of the first stem convolution")
     stem_pool_stride: int = _number(2, 1, 2, integer=True, help="stride of the convolution in place of the max-pool")
     width_multiplier: float = _number(1.0, 0.01, most=16, help="scales the widths of the stages")
-    se_ratio: float = _number(0.25, 0.001, 1.0, help="squeeze-and-excite hidden channels over output channels")
+    se_ratio: float = _number(0.25, 0.0, 1.0, help="squeeze-and-excite hidden channels over output channels; 0: none")
     drop_path: float = _number(0.0, 0.0, 0.99, help="rate of stochastic depth")
     drop_path_rule: str = _choice("tf", DROP_PATH_RULES, help="how the rate is spread over the blocks")
     dropout: float = _number(0.25, 0.0, 0.99, help="rate of dropout before the classifier")
@@ -127,6 +127,7 @@ class ModelSection:
         tuple(ZERO_INITS),
         help="batch norm of each block that begins at zero; middle, as the report's code had it, kills the branch",
     )
+    resnet_d: bool = _flag(True, help="stem and shortcuts of ResNet-D; false: those of ResNet, with a max-pool")
 
 
 @dataclass(frozen=True)

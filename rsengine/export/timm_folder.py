@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rsengine.errors import SettingsError
-from rsengine.model import DEPTHS, ResNetRS, divisible, to_timm
+from rsengine.model import DEPTHS, PlainStem, ResNetRS, divisible, to_timm
 from rsengine.run.files import write_atomically
 from rsengine.run.foreign import TIMM_CONFIG, TIMM_FILES
 from rsengine.run.weights import Weights
@@ -54,6 +54,8 @@ def timm_arguments(model: ResNetRS) -> dict[str, Any]:
         SettingsError: none do.
     """
     blocks = tuple(len(stage) for stage in model.stages)
+    _refuse(isinstance(model.stem, PlainStem), "it has the stem of ResNet, timm's resnetrs that of ResNet-D")
+    _refuse(model.stages[0][0].se is None, "it has no squeeze-and-excite, timm's resnetrs has")
     strides = model.stem.conv1.stride[0], model.stem.pool_conv.stride[0]
     _refuse(
         strides != (2, 2),

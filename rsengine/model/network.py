@@ -67,16 +67,32 @@ class Stem(nn.Module):
         return self.pool_bn(self.pool_conv(x), relu=True)
 
 
-class Shortcut(nn.Module):
-    """ResNet-D projection: average pool where the block strides, then a 1x1 convolution and batch norm."""
+class PlainStem(nn.Module):
+    """The stem of ResNet (He et al., 2015): a 7x7 convolution of width 2w, then a 3x3 max-pool."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, width: int, stride: int, pool_stride: int) -> None:
         super().__init__()
-        self.stride = stride
+        self.out_channels, self.pool_stride = 2 * width, pool_stride
+        self.conv1 = nn.Conv2d(3, 2 * width, kernel_size=7, stride=stride, padding=3, bias=False)
+        self.bn1 = BatchNorm(2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(self.bn1(self.conv1(x), relu=True), 3, self.pool_stride, padding=1)
+
+
+class Shortcut(nn.Module):
+    """The projection of a shortcut: 1x1 convolution and batch norm. Where the block strides, ``pools`` takes the mean
+    of the pixels (ResNet-D); without it every other pixel is taken (ResNet)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, pools: bool) -> None:
+        super().__init__()
+        self.stride, self.pools = stride, pools
         self.conv, self.bn = PointwiseConv(in_channels, out_channels), BatchNorm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.stride != 1:
+        if not self.pools:
+            x = x[:, :, :: self.stride, :: self.stride]
+        elif self.stride != 1:
             # ceil_mode keeps a 1-pixel map alive and count_include_pad=False keeps its mean right.
             x = F.avg_pool2d(x, self.stride, self.stride, ceil_mode=True, count_include_pad=False)
         return self.bn(self.conv(x))
@@ -99,16 +115,20 @@ class Bottleneck(nn.Module):
 
     ranks: Ranks = ALONE
 
-    def __init__(self, in_channels: int, width: int, stride: int, se_ratio: float, drop_path: float) -> None:
+    def __init__(
+        self, in_channels: int, width: int, stride: int, se_ratio: float, drop_path: float, resnet_d: bool
+    ) -> None:
         super().__init__()
         out_channels = width * EXPANSION
         self.drop_path = drop_path
         self.conv1, self.bn1 = PointwiseConv(in_channels, width), BatchNorm(width)
         self.conv2, self.bn2 = Conv3x3(width, width, stride), BatchNorm(width)
         self.conv3, self.bn3 = PointwiseConv(width, out_channels), BatchNorm(out_channels)
-        self.se = SqueezeExcite(out_channels, divisible(out_channels * se_ratio))
+        self.se = SqueezeExcite(out_channels, divisible(out_channels * se_ratio)) if se_ratio else None
         needs_projection = stride != 1 or in_channels != out_channels
-        self.shortcut = Shortcut(in_channels, out_channels, stride) if needs_projection else nn.Identity()
+        self.shortcut = nn.Identity()
+        if needs_projection:
+            self.shortcut = Shortcut(in_channels, out_channels, stride, pools=resnet_d)
 
     def forward(self, x: Tensor) -> Tensor:
         keep_scale = None
@@ -117,6 +137,11 @@ class Bottleneck(nn.Module):
         branch = self.bn1(self.conv1(x), relu=True)
         branch = self.bn2(self.conv2(branch), relu=True)
         branch, shortcut, bn = self.conv3(branch), self.shortcut(x), self.bn3
+        if self.se is None:
+            branch = bn(branch)
+            if keep_scale is not None:
+                branch = branch * keep_scale.to(branch.dtype)[:, None, None, None]
+            return F.relu(branch + shortcut)
         if not self.training or bn.momentum is None or bn.is_synchronised:
             return squeeze_excite_residual(bn(branch), *self.se.weights(), shortcut, keep_scale)
         return batch_norm_squeeze_excite_residual(
@@ -143,17 +168,18 @@ class ResNetRS(nn.Module):
         drop_path: Sequence[float],
         dropout: float,
         zero_init: str,
+        resnet_d: bool,
     ) -> None:
         super().__init__()
         self.dropout = dropout
-        self.stem = Stem(stem_width, stem_stride, stem_pool_stride)
+        self.stem = (Stem if resnet_d else PlainStem)(stem_width, stem_stride, stem_pool_stride)
         channels, rates, stages = self.stem.out_channels, iter(drop_path), []
         for stage, count in enumerate(blocks):
             width = divisible(64 * 2**stage * width_multiplier)
             layers = []
             for block in range(count):
                 stride = 2 if block == 0 and stage > 0 else 1
-                layers.append(Bottleneck(channels, width, stride, se_ratio, next(rates)))
+                layers.append(Bottleneck(channels, width, stride, se_ratio, next(rates), resnet_d))
                 channels = width * EXPANSION
             stages.append(nn.Sequential(*layers))
         self.stages = nn.Sequential(*stages)
@@ -262,6 +288,7 @@ def resnet_rs(
     drop_path_rule: str = "tf",
     dropout: float = 0.25,
     zero_init: str = "last",
+    resnet_d: bool = True,
 ) -> ResNetRS:
     """Build a ResNet-RS.
 
@@ -272,7 +299,8 @@ def resnet_rs(
         stem_width: channels of the first two stem convolutions; the third and the strided one have twice as many.
         stem_stride, stem_pool_stride: 1 or 2. At 32x32 pixels, 2 and 2 leave maps of 8, 4, 2 and 1 pixels a side.
         width_multiplier: scales the widths of the stages, rounded to multiples of 8 (not the stem's).
-        se_ratio: hidden channels of squeeze-and-excite over a block's output channels, rounded to multiples of 8.
+        se_ratio: hidden channels of squeeze-and-excite over a block's output channels, rounded to multiples of 8;
+            0 for blocks without it.
         drop_path: rate of stochastic depth. ``drop_path_rule`` spreads it: ``"tf"`` as the authors' code does, constant
             in a stage, ``drop_path * (i / 5)`` for i = 2 ... 5; ``"timm"``, growing linearly over the blocks from 0.
         dropout: rate before the classifier.
@@ -280,6 +308,10 @@ def resnet_rs(
             but the sum follows, so that a block begins as its shortcut and learns from the second step on.
             ``"middle"``: the second, as the report's code had it. It feeds a ReLU, whose output and gradient are then
             zero, so no weight of the branch ever changes. ``"none"``: all begin at one.
+        resnet_d: the stem and the shortcuts of ResNet-D. Without it they are ResNet's: a 7x7 convolution of
+            ``2 * stem_width`` channels and stride ``stem_stride``, a max-pool of stride ``stem_pool_stride``, and
+            shortcuts that stride in their 1x1 convolution.
+
 
     Raises:
         ValueError: an argument is out of its range; the message names it and the range.
@@ -297,7 +329,7 @@ def resnet_rs(
     _require(stem_stride in (1, 2), "stem_stride", "1 or 2", stem_stride)
     _require(stem_pool_stride in (1, 2), "stem_pool_stride", "1 or 2", stem_pool_stride)
     _require(width_multiplier > 0, "width_multiplier", "a positive number", width_multiplier)
-    _require(se_ratio > 0, "se_ratio", "a positive number", se_ratio)
+    _require(se_ratio >= 0, "se_ratio", "a number >= 0", se_ratio)
     _require(0 <= drop_path < 1, "drop_path", "a number in [0, 1)", drop_path)
     _require(
         drop_path_rule in DROP_PATH_RULES, "drop_path_rule", f"one of {', '.join(DROP_PATH_RULES)}", drop_path_rule
@@ -315,6 +347,7 @@ def resnet_rs(
         drop_path=drop_path_rates(blocks, drop_path, drop_path_rule),
         dropout=dropout,
         zero_init=zero_init,
+        resnet_d=resnet_d,
     )
 
 

@@ -34,6 +34,7 @@ OPTIONS = {
     "float32": ["train.precision=fp32"],
     "random depth": ["model.drop_path=0.2", "model.dropout=0.3"],
     "no EMA": ["ema.enabled=false"],
+    "ResNet": ["model.se_ratio=0", "model.resnet_d=false", "model.drop_path=0.2"],
     "muon": ["optimizer.name=muon"],
     "no momentum": ["optimizer.momentum=0.0", "optimizer.nesterov=false"],
     "frozen": ["train.freeze=stem,stage1", "model.drop_path=0.2"],

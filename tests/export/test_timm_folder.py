@@ -74,6 +74,8 @@ REFUSED = {
     "its stem strides by 2 and 1": ("model.stem_pool_stride=1",),
     "it has 5 stages": ("model.blocks=[1, 1, 1, 1, 1]",),
     "it has a single block": ("model.blocks=[1]",),
+    "it has no squeeze-and-excite": ("model.se_ratio=0",),
+    "it has the stem of ResNet": ("model.resnet_d=false",),
     "its squeeze-and-excite is wider": ("model.se_ratio=0.5", "model.width_multiplier=0.5"),
 }
 

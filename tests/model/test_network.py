@@ -1,5 +1,7 @@
 """The family against the published table and against timm's ResNet-RS, with branches that are not dead."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -118,6 +120,52 @@ def test_any_image_size_and_number_of_stages(size):
     assert resnet_rs(blocks=(1, 2, 1), num_classes=3, width_multiplier=0.25)(torch.zeros(2, 3, *size)).shape == (2, 3)
 
 
+def plain(model):
+    """torchvision's names for the weights of a network without ResNet-D and squeeze-and-excite."""
+    renamed = {}
+    for name, tensor in model.state_dict().items():
+        name = re.sub(r"^stages\.(\d)", lambda m: f"layer{int(m[1]) + 1}", name.removeprefix("stem."))
+        renamed[name.replace("shortcut.conv", "downsample.0").replace("shortcut.bn", "downsample.1")] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize("size", [(64, 64), (33, 47)], ids=str)  # the second: maps with odd sides
+def test_without_resnet_d_and_squeeze_and_excite_it_is_torchvisions_resnet(size):
+    from torchvision.models import resnet50
+
+    torch.manual_seed(0)
+    options = {"se_ratio": 0, "resnet_d": False, "zero_init": "none", "dropout": 0.0}
+    ours, theirs = resnet_rs(50, 7, **options).double(), resnet50(num_classes=7).double()
+    theirs.load_state_dict(plain(ours))
+    x, target = torch.randn(3, 3, *size, dtype=torch.float64), torch.tensor([1, 5, 2])
+    outputs = []
+    for model in (theirs, ours):
+        outputs.append(model(x))
+        F.cross_entropy(outputs[-1], target).backward()
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-9, atol=1e-10)
+    expected = dict(theirs.named_parameters())
+    for name, p in zip(plain(ours), ours.state_dict(), strict=True):
+        if name in expected:
+            gradient, scale = expected[name].grad, float(expected[name].grad.abs().max())
+            torch.testing.assert_close(ours.get_parameter(p).grad, gradient, rtol=0, atol=1e-7 * scale, msg=name)
+
+
+def test_stochastic_depth_without_squeeze_and_excite_drops_branches():
+    torch.manual_seed(0)
+    model = resnet_rs(blocks=(1,), width_multiplier=0.25, stem_width=8, drop_path=0.8, se_ratio=0, zero_init="none")
+    block = model.stages[0][0].train()
+    x = torch.randn(1, 16, 4, 4).expand(2000, -1, -1, -1)
+    with torch.no_grad():
+        y, shortcut = block(x), block.shortcut(x)[0]
+        is_dropped = torch.tensor([torch.allclose(sample, shortcut.relu(), atol=1e-5) for sample in y])
+        assert is_dropped.double().mean() == pytest.approx(0.8, abs=0.04)
+        kept = y[~is_dropped][0]
+        block.drop_path = 0.0
+        whole = block(x)[0]
+    is_open = (kept > 0) & (whole > 0)
+    torch.testing.assert_close((kept - shortcut)[is_open], 5 * (whole - shortcut)[is_open])  # 1 / (1 - 0.8)
+
+
 def test_stem_width_and_se_ratio_of_the_reports_recipe():
     model = resnet_rs(50, stem_width=128, se_ratio=1 / 16)
     assert model.stem.conv1.out_channels == 128 and model.stem.conv3.out_channels == 256
@@ -207,7 +255,7 @@ def test_divisible():
         ({"dropout": -0.1}, "dropout: expected a number in"),
         ({"num_classes": 0}, "num_classes: expected at least 1"),
         ({"width_multiplier": 0}, "width_multiplier: expected a positive"),
-        ({"se_ratio": 0}, "se_ratio: expected a positive"),
+        ({"se_ratio": -0.1}, "se_ratio: expected a number >= 0"),
     ],
     ids=str,
 )
