@@ -9,6 +9,8 @@ images.
 from __future__ import annotations
 
 import copy
+import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -171,6 +173,8 @@ class ResNetRS(nn.Module):
         resnet_d: bool,
     ) -> None:
         super().__init__()
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        before = torch.get_rng_state()
         self.dropout = dropout
         self.stem = (Stem if resnet_d else PlainStem)(stem_width, stem_stride, stem_pool_stride)
         channels, rates, stages = self.stem.out_channels, iter(drop_path), []
@@ -187,15 +191,26 @@ class ResNetRS(nn.Module):
         self._batch_norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
         for bn in self._batch_norms:
             bn.counts = False
-        self._initialise(ZERO_INITS[zero_init])
+        self._initialise(seed, ZERO_INITS[zero_init])
+        torch.set_rng_state(before)  # PyTorch's layers have drawn weights that are replaced above
 
-    def _initialise(self, zeroed: str) -> None:
-        for module in self.modules():
+    def _initialise(self, seed: int, zeroed: str) -> None:
+        """Draw the weights of each layer from a generator of its own, which ``seed`` and the layer's name decide.
+
+        So two networks from one seed begin with the same weights wherever their layers have the same names and shapes,
+        and whatever is drawn afterwards is the same for both: what they differ in is what is compared.
+        """
+        for name, module in self.named_modules():
+            generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+            elif isinstance(module, nn.Linear):  # as nn.Linear does
+                bound = 1 / math.sqrt(module.in_features)
+                nn.init.uniform_(module.weight, -bound, bound, generator=generator)
+                nn.init.uniform_(module.bias, -bound, bound, generator=generator)
             elif isinstance(module, Bottleneck) and zeroed:
                 nn.init.zeros_(module.get_submodule(zeroed).weight)
-        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.normal_(self.fc.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
         nn.init.zeros_(self.fc.bias)
 
     def freeze(self, parts: Sequence[str]) -> None:

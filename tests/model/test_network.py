@@ -262,3 +262,36 @@ def test_divisible():
 def test_wrong_options_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         resnet_rs(**options)
+
+
+def built(seed=0, **options):
+    torch.manual_seed(seed)
+    return resnet_rs(**{"blocks": (1, 2), "width_multiplier": 0.25, "stem_width": 8} | options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"stem_width": 16}, {"blocks": (2, 2)}, {"se_ratio": 0}, {"resnet_d": False}, {"num_classes": 3}],
+    ids=str,
+)
+def test_networks_of_one_seed_begin_alike_where_shapes_agree_and_so_does_what_is_drawn_after_them(options):
+    one, drawn = built().state_dict(), torch.rand(3)
+    other = built(**options).state_dict()
+    assert torch.equal(torch.rand(3), drawn)
+    same = [name for name in one if name in other and one[name].shape == other[name].shape]
+    assert len(same) > len(one) // 2 and all(torch.equal(one[name], other[name]) for name in same)
+    third = built(seed=1).state_dict()
+    assert not any(torch.equal(one[name], third[name]) for name in one if "conv" in name or "se." in name)
+
+
+def test_layers_of_one_shape_begin_differently_and_as_pytorch_spreads_them():
+    torch.manual_seed(0)
+    model = resnet_rs(26, stem_width=32).requires_grad_(False)
+    a, b = model.stages[3][1], model.stages[3][0]
+    assert not torch.equal(a.conv3.weight, b.conv3.weight) and not torch.equal(a.se.expand.bias, b.se.expand.bias)
+    assert float(a.conv2.weight.std()) == pytest.approx((2 / (9 * 512)) ** 0.5, rel=0.01)  # fan out
+    for layer in (a.se.reduce, a.se.expand):
+        plain = torch.nn.Linear(layer.in_features, layer.out_features).requires_grad_(False)
+        assert float(layer.weight.std()) == pytest.approx(float(plain.weight.std()), rel=0.01)
+        assert float(layer.bias.std()) == pytest.approx(float(plain.bias.std()), rel=0.1)
+    assert float(model.fc.weight.std()) == pytest.approx(0.01, rel=0.02) and not model.fc.bias.any()
