@@ -288,7 +288,7 @@ class Recipe:
         for name in self.train.frozen_parts:
             if name not in known:
                 expected = f"train.freeze: expected some of {', '.join(known)}, joined by commas"
-                raise RecipeError(f"{expected}; got {shown(name)}{_nearest(name, known)}")
+                raise RecipeError(f"{expected}; got {shown(name)}{nearest_match(name, known)}")
         train = self.train
         if train.batch_size % train.micro_batches or train.batch_size < 2 * train.micro_batches:
             raise RecipeError(
@@ -333,7 +333,7 @@ class Recipe:
             if not separator or not key:
                 raise RecipeError(f"--set {setting}: expected section.key=value")
             if key not in specs:
-                raise RecipeError(_unknown(key, specs))
+                raise RecipeError(unknown_key(key, specs))
             section, _, name = key.rpartition(".")
             changes.setdefault(section, {})[name] = _checked(key, specs[key], _parsed(text.strip()))
         top = changes.pop("", {})
@@ -379,23 +379,26 @@ def load_recipe(name_or_path: str, argument: str = "--recipe") -> Recipe:
     """A shipped recipe by name, or any other by the path of its TOML file. Raises :class:`RecipeError`, which says of
     a wrong name for which ``argument`` it was given."""
     if name_or_path.lower().endswith(".toml"):
-        path = Path(name_or_path)
-        try:
-            if not path.is_file():
-                raise RecipeError(f"{argument} {name_or_path}: no such file")
-            text = decode(path.read_bytes())
-        except OSError as error:
-            raise RecipeError(f"{name_or_path}: cannot be read ({error.strerror}); check its permissions") from error
-        except RecipeError:
-            raise
-        except ValueError as error:
-            raise RecipeError(f"{name_or_path}: {error}; save the file as UTF-8") from error
-        return Recipe.from_toml(text, name_or_path)
+        return Recipe.from_toml(read_text(name_or_path, f"{argument} "), name_or_path)
     names = recipe_names()
     if name_or_path not in names:
-        nearest = _nearest(name_or_path, names)
+        nearest = nearest_match(name_or_path, names)
         raise RecipeError(f"{argument} {name_or_path}: expected one of {', '.join(names)}, or a .toml file{nearest}")
     return Recipe.from_toml((_shipped() / f"{name_or_path}.toml").read_text("utf-8"), name_or_path)
+
+
+def read_text(path: str, option: str = "") -> str:
+    """The text of a TOML file, which ``option`` named. Raises :class:`RecipeError` where there is none."""
+    try:
+        if not Path(path).is_file():
+            raise RecipeError(f"{option}{path}: no such file")
+        return decode(Path(path).read_bytes())
+    except RecipeError:
+        raise
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}; save the file as UTF-8") from error
 
 
 def describe() -> str:
@@ -444,7 +447,7 @@ def _read(text: str, origin: str, extended_by: tuple[str, ...]) -> Recipe:
     name, chain, names = values.pop("extends"), (*extended_by, origin), recipe_names()
     if name not in names:
         expected = f"extends: expected one of {', '.join(names)}"
-        raise RecipeError(f"{origin}: {expected}; got {shown(name)}{_nearest(name, names)}")
+        raise RecipeError(f"{origin}: {expected}; got {shown(name)}{nearest_match(name, names)}")
     if name in chain:
         raise RecipeError(f"{origin}: extends: expected no cycle; got {' -> '.join((*chain, name))}")
     base = _read((_shipped() / f"{name}.toml").read_text("utf-8"), name, chain)
@@ -466,7 +469,7 @@ def _replaced(section: Any, values: Mapping[str, Any], prefix: str) -> Any:
     for name, value in values.items():
         if name not in specs:
             first = [] if prefix else ["extends"]  # a key of files, not of recipes
-            raise RecipeError(_unknown(prefix + name, first + [prefix + known for known in specs]))
+            raise RecipeError(unknown_key(prefix + name, first + [prefix + known for known in specs]))
         if "check" in specs[name].metadata:
             changes[name] = _checked(prefix + name, specs[name], value)
         elif isinstance(value, Mapping):
@@ -488,19 +491,21 @@ def _checked(key: str, spec: Any, value: Any) -> Any:
     try:
         return check(value)
     except RecipeError as error:
-        nearest = _nearest(value, spec.metadata.get("choices", ()))
+        nearest = nearest_match(value, spec.metadata.get("choices", ()))
         raise RecipeError(f"{key}: expected {error}; got {shown(value)}{nearest}") from None
 
 
-def _unknown(key: str, known: Iterable[str]) -> str:
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """What is wrong with a ``key`` that is none of ``known``: a phrase with the nearest of them."""
     known, key = list(known), key[:200]
-    near = _nearest(key, known)
+    near = nearest_match(key, known)
     if not near:  # the right name in the wrong section
-        near = _nearest(key, [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]], cutoff=0.0)
+        near = nearest_match(key, [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]], cutoff=0.0)
     return f"{key if key.strip() else shown(key)}: no such key" + (near or f"; expected one of {', '.join(known)}")
 
 
-def _nearest(value: Any, choices: Iterable[str], cutoff: float = 0.6) -> str:
+def nearest_match(value: Any, choices: Iterable[str], cutoff: float = 0.6) -> str:
+    """``; did you mean X?`` for the one of ``choices`` that is most like ``value``; nothing where none is."""
     given = value if isinstance(value, str) else shown(value)
     matches = difflib.get_close_matches(given[:200], list(choices), n=1, cutoff=cutoff)
     return f"; did you mean {matches[0]}?" if matches else ""
