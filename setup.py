@@ -27,7 +27,7 @@ setup(
     packages=PACKAGES,
     package_dir={f"rsengine.{house}": house for house in HOUSES},
     package_data={
-        "rsengine": ["py.typed", "recipes/*.toml", "run/page.css", "run/page.js"],
+        "rsengine": ["py.typed", "recipes/*.toml", "studies/*.toml", "run/page.css", "run/page.js"],
         "rsengine.kernels.native": ["*.c", "*.h"],
     },
     entry_points={"console_scripts": ["rsengine = rsengine.cli:main"]},

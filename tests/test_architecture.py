@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {"train", "evaluate", "predict", "compare", "capture_check", "gpu_check", "augment.__main__", "doctor"}
-COMMANDS |= {"export.__main__", "recipe_table", "cli", "__main__"}
+COMMANDS |= {"export.__main__", "study.__main__", "recipe_table", "cli", "__main__"}
 # Of the standard library alone: what kernels and data may import of rsengine.
 LOWEST = {"cache", "checked", "disk", "output", "processor", "temporaries"}
 # A folder or file of rsengine may import from the lines above its own, and from its own.
@@ -22,7 +22,7 @@ LEVELS = [
     {"config"},
     {"engine", "input", "run", "checks"},
     {"track"},
-    {"trainer", "export"},
+    {"trainer", "export", "study"},
     {"training"},
     {"plan"},
     COMMANDS - {"train"},
