@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from rsengine.data.errors import UserError
 from rsengine.output import counted
 from rsengine.run.files import METRICS_FILE, RECIPE_FILE
 from rsengine.run.formats import NONE, count, fixed, number, percent
+from rsengine.run.intervals import student_interval
 from rsengine.run.log import EPOCH, INTERVAL, START, RunLog, accuracy
 from rsengine.run.page import COLOURS, TOOLS, Chart, Line, Markup, Section, document, note, shortened, table, tag
 from rsengine.run.page_run import flat, setting, standard_error
@@ -106,13 +106,8 @@ class Group:
     def interval(self) -> tuple[float, float] | None:
         """The 95 % confidence interval of the mean over seeds, by Student's t, in [0, 1]; None for fewer than two, and
         for seeds with one result, which tell nothing of others."""
-        from scipy.special import stdtrit
-
-        if not self.spread:
-            return None
-        n, mean = len(self.seeds), statistics.fmean(self.seeds)
-        half = float(stdtrit(n - 1, 0.975)) * self.spread / math.sqrt(n)
-        return max(0.0, mean - half), min(1.0, mean + half)
+        interval = student_interval(self.seeds) if self.spread else None
+        return interval and (max(0.0, interval[0]), min(1.0, interval[1]))
 
 
 def read_run(folder: Path, label: str) -> Run:

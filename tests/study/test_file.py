@@ -89,8 +89,8 @@ def test_the_shipped_studies_are_those_of_the_report():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[variants.a]\n[variants.b]\ntrain.lable_smoothing = 0", "variants.b.train.lable_smoothing: no such key; did"),
-        ("[variants.a]\n[variants.b]\ntrain.label_smoothing = 2", "variants.b.train.label_smoothing: expected a number"),
+        ("[variants.a]\n[variants.b]\ntrain.lable_smoothing = 0", "variants.b.train.lable_smoothing: no such key; di"),
+        ("[variants.a]\n[variants.b]\ntrain.label_smoothing = 2", "variants.b.train.label_smoothing: expected a numbe"),
         ("variant = 1", "variant: no such key; did you mean variants?"),
         ('base = "quikstart"\n' + TWO, "--recipe quikstart: expected one of .*; did you mean quickstart?"),
         ('base = "none.toml"\n' + TWO, "--recipe none.toml: no such file"),
