@@ -27,6 +27,7 @@ COMMANDS = {
     "predict": Command("rsengine.predict", "classify pictures", "runs/first cat.jpg"),
     "export": Command("rsengine.export.__main__", "write a network for others", "runs/first --to onnx --out out"),
     "compare": Command("rsengine.compare", "show several runs in one page", "runs/first runs/second"),
+    "study": Command("rsengine.study.__main__", "compare recipes over seeds", "label-smoothing --epochs 2"),
     "augment": Command("rsengine.augment.__main__", "see what a policy does to images", "--out augmented.png"),
     "recipes": Command("rsengine.recipe_table", "list the recipes, or print one", "quickstart"),
     "doctor": Command("rsengine.doctor", "say what this machine has, and what is missing", ""),

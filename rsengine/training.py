@@ -120,6 +120,7 @@ class Outcome:
             "weights": self.weights,
             "test_accuracy": final.accuracy if final else None,
             "test_loss": final.loss if final else None,
+            "calibration": final.calibration if final else None,
             "epochs": self.epochs,
             "planned_epochs": self.recipe.train.epochs,
             "seconds": self.seconds,

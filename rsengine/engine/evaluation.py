@@ -31,6 +31,14 @@ class Evaluation:
     def images(self) -> int:
         return int(self.confusion.sum())
 
+    @property
+    def calibration(self) -> dict[str, float] | None:
+        """``ece`` and ``brier`` of :class:`rsengine.engine.predictions.Calibration`; None without predictions."""
+        if self.predictions is None:
+            return None
+        found = self.predictions.calibration()
+        return {"ece": found.ece, "brier": found.brier}
+
 
 class EvaluationStep:
     """Adds one batch to the sums of several networks: ``step(images, labels)``, (N, H, W, 3) uint8 and (N,) int64.
