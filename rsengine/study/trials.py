@@ -118,4 +118,6 @@ class Trial:
         if not diverged and not last.startswith("error: "):
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
             last = f"ended with {how}: {last}"
-        return Outcome(DIVERGED if diverged else FAILED, last.removeprefix("error: "), source)
+        # The tables say it, and are the same wherever the study lies.
+        why = last.removeprefix("error: ").replace(str(self.folder), self.name)
+        return Outcome(DIVERGED if diverged else FAILED, why, source)
