@@ -21,7 +21,7 @@ from rsengine.run.progress import duration
 from rsengine.study.budget import planned
 from rsengine.study.file import Changes, Study, StudyError, load_study, study_names
 from rsengine.study.manifest import Manifest, open_manifest, source_version
-from rsengine.study.measure import epoch_seconds
+from rsengine.study.measure import Measurement
 from rsengine.study.page import write_page
 from rsengine.study.pictures import CURVES_FILE, INTERVALS_FILE, draw_curves, draw_intervals
 from rsengine.study.progress import Progress
@@ -54,7 +54,9 @@ def _main(arguments: argparse.Namespace) -> int:
         remove_leftovers(folder)
 
         def plan() -> dict[str, Recipe]:
-            return _planned(study, dataset, arguments.device, workers, say)
+            return _planned(
+                study, dataset, workers, Measurement(str(dataset.folder), arguments.device, workers[0], say)
+            )
 
         manifest = open_manifest(folder, study, dataset, plan, accept_code=arguments.accept_code, say=say)
         trials = manifest.trials(folder)
@@ -87,13 +89,13 @@ def write_results(folder: Path, manifest: Manifest, results: Sequence[VariantRes
 
 
 def _planned(
-    study: Study, dataset: Dataset, device: str, workers: Sequence[Worker], say: Callable[[str], None]
+    study: Study, dataset: Dataset | None, workers: Sequence[Worker], measurement: Measurement
 ) -> dict[str, Recipe]:
-    def measure(recipes: Sequence[Recipe]) -> list[float]:
-        found = epoch_seconds(recipes, str(dataset.folder), device, workers[0], say)
-        return [seconds for seconds in found if seconds is not None]
-
-    return planned(study, dataset.train_count, len(workers), measure)
+    """The recipes at the study's budget. Without a data set, only a budget of epochs can be planned."""
+    if dataset is None and (study.equal == "time" or (study.budget and study.budget[0] != "epochs")):
+        raise StudyError("--dry-run: this budget needs the data; convert them first, or give --epochs")
+    train_images = dataset.train_count if dataset else 0
+    return planned(study, train_images, len(workers), measurement.epoch_seconds)
 
 
 def _announce(
@@ -101,18 +103,14 @@ def _announce(
 ) -> None:
     """Print every trial with the time that it will take, and the time of the whole. Nothing is written."""
     try:
-        dataset, data = find_dataset(study.data, conversion=False, log=say), None
+        dataset = find_dataset(study.data, conversion=False, log=say)
         data = str(dataset.folder)
     except NotConverted as error:
         dataset, data = None, study.data
         say(f"data: {error}")
-    if dataset is None and (study.equal == "time" or (study.budget and study.budget[0] != "epochs")):
-        raise StudyError("--dry-run: this budget needs the data; convert them first, or give --epochs")
-    if dataset is not None:
-        recipes = _planned(study, dataset, arguments.device, workers, say)
-    else:
-        recipes = planned(study, 1, len(workers), lambda _: [])
-    seconds = epoch_seconds(list(recipes.values()), data, arguments.device, workers[0], say)
+    measurement = Measurement(data, arguments.device, workers[0], say)
+    recipes = _planned(study, dataset, workers, measurement)
+    seconds = measurement.epoch_seconds(list(recipes.values()))
     rows, total = [], 0.0
     for seed in study.seeds:
         for (name, recipe), each in zip(recipes.items(), seconds, strict=True):

@@ -15,23 +15,25 @@ from rsengine.study.workers import Worker
 from rsengine.temporaries import temporary_folder
 
 
-def epoch_seconds(
-    recipes: Sequence[Recipe], data: str | None, device: str, worker: Worker, say: Callable[[str], None]
-) -> list[float | None]:
-    """Seconds of an epoch of each recipe, evaluation included; None where the data are not converted yet.
+class Measurement:
+    """Measures recipes on ``data``, as of ``--data``, with what a ``worker`` has. Those whose steps cost the same are
+    measured once."""
 
-    Recipes whose steps cost the same are measured once.
+    def __init__(self, data: str | None, device: str, worker: Worker, say: Callable[[str], None]) -> None:
+        self.data, self.device, self.worker, self.say = data, device, worker, say
+        self._known: dict[Recipe, float | None] = {}
 
-    Raises:
-        StudyError: a recipe that cannot be trained here.
-    """
-    known: dict[str, float | None] = {}
-    for recipe in recipes:
-        key = _cost(recipe).to_toml()
-        if key not in known:
-            say(f"study: measuring a few steps of {recipe.name}")
-            known[key] = _measured(recipe, data, device, worker)
-    return [known[_cost(recipe).to_toml()] for recipe in recipes]
+    def epoch_seconds(self, recipes: Sequence[Recipe]) -> list[float | None]:
+        """Seconds of an epoch of each recipe, evaluation included; None where the data are not converted yet.
+
+        Raises:
+            StudyError: a recipe that cannot be trained here.
+        """
+        for recipe in recipes:
+            if (key := _cost(recipe)) not in self._known:
+                self.say(f"study: measuring a few steps of {recipe.name}")
+                self._known[key] = _measured(recipe, self.data, self.device, self.worker)
+        return [self._known[_cost(recipe)] for recipe in recipes]
 
 
 def _cost(recipe: Recipe) -> Recipe:

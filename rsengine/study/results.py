@@ -24,6 +24,7 @@ from rsengine.study.trials import DONE, Outcome, Trial
 
 CSV_FILE, JSON_FILE, MARKDOWN_FILE, PAGE_FILE = "results.csv", "results.json", "results.md", "results.html"
 CALIBRATION = ("ece", "brier")
+_WARNING = "warning: "  # how such a line of a run begins
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,14 @@ class TrialResult:
     @property
     def is_done(self) -> bool:
         return self.outcome is not None and self.outcome.status == DONE and bool(self.epochs)
+
+    @property
+    def warnings(self) -> list[str]:
+        """The warnings that it gave, each once."""
+        if not self.trial.log.is_file():
+            return []
+        lines = self.trial.log.read_text("utf-8", errors="replace").split("\n")
+        return list(dict.fromkeys(line.removeprefix(_WARNING) for line in lines if line.startswith(_WARNING)))
 
     def calibration(self, name: str) -> float | None:
         """``ece`` or ``brier`` of the last evaluation."""
@@ -190,6 +199,7 @@ def _json_of_trial(each: TrialResult) -> dict[str, Any]:
         "seed": each.trial.seed,
         "status": each.outcome.status if each.outcome else None,
         "why": each.outcome.why if each.outcome else "",
+        "warnings": each.warnings,
         "calibration": {name: each.calibration(name) for name in CALIBRATION},
         "epochs": [{key: record.get(key) for key in keys} for record in each.epochs] if each.is_done else [],
     }

@@ -37,9 +37,17 @@ def tables(manifest: Manifest, results: Sequence[VariantResult]) -> Iterator[Tab
         yield Table("EMA against raw weights", ("Variant", *_COMPARED), rows, range(1, 7), note)
     if any(value for each in results for value, _ in each.calibration.values()):
         yield _calibration(results)
+    if warned := list(_warned(results)):
+        yield Table("Warnings", ("Variant", "What its trials said"), warned, ())
     if failed := [trial for each in results for trial in each.failed]:
         rows = [[each.trial.name, each.outcome.status, each.outcome.why] for each in failed]
         yield Table("Trials that ended with an error", ("Trial", "How", "What it said"), rows, ())
+
+
+def _warned(results: Sequence[VariantResult]) -> Iterator[list[str]]:
+    for each in results:
+        for warning in dict.fromkeys(warning for trial in each.trials for warning in trial.warnings):
+            yield [each.variant.name, warning]
 
 
 def heading(manifest: Manifest, results: Sequence[VariantResult]) -> list[str]:

@@ -113,6 +113,21 @@ def test_failed_trials_are_named_and_the_others_count(tmp_path):
     assert [trial["status"] for trial in content["variants"][1]["trials"]] == ["diverged", "diverged", "done"]
 
 
+def test_what_trials_warned_of_is_told_once_for_each_variant(tmp_path):
+    manifest = opened(tmp_path, ADDITIVE)
+    for trial in manifest.trials(tmp_path):
+        done(trial, 0.8)
+        if trial.variant != "base":
+            trial.log.write_text(
+                f"data: toy\nwarning: {trial.variant} is dead\nrun: x\nwarning: {trial.variant} is dead\n"
+            )
+    write_results(tmp_path, manifest, gather(manifest, tmp_path))
+    assert table_of(tmp_path, "Warnings")[1:] == [["x", "x is dead"], ["y", "y is dead"]]
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["variants"][1]["trials"][0]["warnings"] == ["x is dead"]
+    assert "y is dead" in (tmp_path / "results.html").read_text()
+
+
 def test_a_study_without_a_trial_has_its_tables(tmp_path):
     manifest = opened(tmp_path, ADDITIVE)
     write_results(tmp_path, manifest, gather(manifest, tmp_path))

@@ -18,7 +18,7 @@ from rsengine.study import manifest as manifest_module
 from rsengine.study import measure as measure_module
 from rsengine.study.file import StudyError, parse_study
 from rsengine.study.manifest import source_version
-from rsengine.study.measure import epoch_seconds
+from rsengine.study.measure import Measurement
 from rsengine.study.progress import Progress
 from rsengine.study.runner import run_trials
 from rsengine.study.trials import Trial
@@ -277,7 +277,9 @@ def test_recipes_whose_steps_cost_the_same_are_measured_once(monkeypatch):
     monkeypatch.setattr(measure_module, "_measured", seconds)
     text = '[variants.a]\n[variants.b]\nschedule.name = "cosine"\n[variants.c]\nmodel.stem_width = 8\n'
     recipes = [variant.recipe for variant in parse_study(text, "x.toml", Path()).variants]
-    assert epoch_seconds(recipes, "data", "cpu", Worker(), silent) == [1.0, 1.0, 2.0] and measured == ["a", "c"]
+    measurement = Measurement("data", "cpu", Worker(), silent)
+    assert measurement.epoch_seconds(recipes) == [1.0, 1.0, 2.0] and measured == ["a", "c"]
+    assert measurement.epoch_seconds(recipes[1:]) == [1.0, 2.0] and measured == ["a", "c"]
 
 
 def test_a_dry_run_lists_the_trials_with_their_times_and_writes_nothing(tmp_path, monkeypatch, capsys):
