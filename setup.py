@@ -55,6 +55,7 @@ setup(
         "mlflow": ["mlflow>=2.14"],
         "pandas": ["pandas>=2"],
         "parquet": ["pyarrow>=14"],
+        "ray": ["ray>=2.40"],
         "tensorboard": ["tensorboard>=2.16"],
         "test": [
             "fonttools>=4",

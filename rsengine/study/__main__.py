@@ -25,8 +25,9 @@ from rsengine.study.measure import Measurement
 from rsengine.study.page import write_page
 from rsengine.study.pictures import CURVES_FILE, INTERVALS_FILE, draw_curves, draw_intervals
 from rsengine.study.progress import Progress
+from rsengine.study.ray_place import connect
 from rsengine.study.results import PAGE_FILE, VariantResult, as_json, gather, write_csv, write_json
-from rsengine.study.runner import run_trials
+from rsengine.study.runner import Place, run_trials
 from rsengine.study.tables import write_markdown
 from rsengine.study.workers import Worker, share_out
 
@@ -42,12 +43,14 @@ def main(argv: list[str] | None = None) -> int:
 def _main(arguments: argparse.Namespace) -> int:
     say = speaker(quiet=arguments.quiet, json=arguments.json)
     study = load_study(arguments.study, _changes(arguments))
-    workers = share_out(arguments.workers, arguments.device)
+    workers = [Worker()] if arguments.on is not None else share_out(arguments.workers, arguments.device)
     if arguments.dry_run:
         _announce(study, arguments, workers, say)
         return 0
     folder = Path(arguments.out) if arguments.out else RUNS / f"study-{study.name}"
     dataset = find_dataset(study.data, log=say)
+    if arguments.on is not None:
+        folder = folder.absolute()  # other nodes have other working directories
     make_folder(folder)
     with contextlib.ExitStack() as held:
         held.enter_context(locked(folder, say))
@@ -61,8 +64,11 @@ def _main(arguments: argparse.Namespace) -> int:
         manifest = open_manifest(folder, study, dataset, plan, accept_code=arguments.accept_code, say=say)
         trials = manifest.trials(folder)
         say(f"study: {manifest.study.name}, {len(trials)} trials on {dataset.name}, into {escaped(folder)}")
-        progress = Progress(trials, len(workers), say, quiet=arguments.quiet)
-        stopped = run_trials(trials, dataset.folder, arguments.device, workers, source_version(), progress)
+        places: list[Place] = list(workers)
+        if arguments.on is not None:
+            places = connect(arguments.on, arguments.workers, arguments.device, say)
+        progress = Progress(trials, len(places), say, quiet=arguments.quiet)
+        stopped = run_trials(trials, dataset.folder, arguments.device, places, source_version(), progress)
         results = gather(manifest, folder)
         write_results(folder, manifest, results)
     if arguments.json:
@@ -170,6 +176,14 @@ def _minutes(text: str) -> float:
     return minutes
 
 
+def _cluster(text: str) -> str:
+    """``ray`` or ``ray:ADDRESS``: the address, which may be empty."""
+    name, _, address = text.partition(":")
+    if name != "ray":
+        raise argparse.ArgumentTypeError(f"expected ray or ray:ADDRESS; got {text!r}")
+    return address
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("study"),
@@ -195,6 +209,12 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         help="trials at a time, each with a GPU or its share of cores",
+    )
+    parser.add_argument(
+        "--on",
+        type=_cluster,
+        metavar="ray[:ADDRESS]",
+        help="train on a Ray cluster, whose nodes share --out and the data",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--accept-code", action="store_true", help="go on with trials that other code made")

@@ -12,8 +12,27 @@ from typing import Any
 
 from rsengine.processor import usable_cpus
 from rsengine.study.file import StudyError
+from rsengine.study.trials import Trial
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class LocalProcess:
+    """A :class:`rsengine.study.runner.Process` on this machine."""
+
+    process: subprocess.Popen[bytes]
+
+    def ended(self) -> tuple[int, str] | None:
+        if self.process.poll() is None:
+            return None
+        return self.process.returncode, self.process.stdout.read().decode("utf-8", "replace")
+
+    def stop(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> None:
+        self.process.wait()
 
 
 @dataclass(frozen=True)
@@ -34,12 +53,20 @@ class Worker:
         options = {"env": environment, "stdin": subprocess.DEVNULL, "start_new_session": True}
         return options | ({"preexec_fn": self._bind} if sys.platform == "linux" else {})
 
+    def start(self, trial: Trial, data: str, device: str) -> LocalProcess:
+        """Train ``trial``, or go on with it."""
+        with open(trial.log, "ab") as log:
+            return LocalProcess(
+                subprocess.Popen(trial.command(data, device), stdout=subprocess.PIPE, stderr=log, **self.options())
+            )
+
     def _bind(self) -> None:
         if self.cores:
             os.sched_setaffinity(0, self.cores)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        # A background job of a shell ignores Ctrl-C, and what it starts would too.
+        # A background job of a shell ignores Ctrl-C, a worker of Ray blocks it, and what they start would too.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 def share_out(count: int, device: str) -> list[Worker]:

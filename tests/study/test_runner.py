@@ -107,6 +107,22 @@ def test_a_signal_is_passed_on_to_the_trials_and_no_other_is_begun(tmp_path, sta
     assert not (tmp_path / "trials" / "a-seed-1.touched").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no place to undo it")
+def test_a_trial_can_be_stopped_where_signals_are_ignored_or_blocked(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        words = [sys.executable, "-c", WAITS, str(tmp_path / "touched")]
+        process = subprocess.Popen(words, **Worker().options())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.signal(signal.SIGINT, before)
+    while not (tmp_path / "touched").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) in (130, -signal.SIGINT)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of the end of its parent")
 def test_the_trial_of_a_killed_study_ends(tmp_path):
     code = (
