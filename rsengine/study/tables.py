@@ -79,7 +79,8 @@ def _accuracies(manifest: Manifest, results: Sequence[VariantResult]) -> Table:
         rows.append([*row, fixed(each.variant.accuracy, 2)] if reported else row)
     note = (
         "Test accuracy after the last epoch, of the EMA weights, or of the raw ones in a recipe without EMA. The "
-        "interval is Student's t over the seeds, of the mean."
+        "interval is Student's t over the seeds, of the mean. Changes are as the study's file has them; a budget "
+        "scales epochs."
     )
     if reported:
         head.append("Reported (%)")
