@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from rsengine.config import Recipe
 from rsengine.run import page as pages
 from rsengine.run.log import RunLog
 from rsengine.run.page import Chart, Line, Markup, Section, document, markup, table, tag
@@ -79,7 +80,7 @@ def test_a_whole_run_has_every_section_and_its_numbers(tmp_path):
     assert f"(ECE) {100 * found.ece:.2f} %" in words and f"Brier score {found.brier:.4f}" in words
     assert "training steps 3 min 20 s 82.0 %" in words and "waiting for the loader 20.0 s 8.2 %" in words
     assert "evaluation 20.0 s 8.2 %" in words and "checkpoints, without the last 4.0 s 1.6 %" in words
-    assert "3 of 67 settings differ" in words and "augment.flip false true" in words
+    assert f"3 of {len(Recipe().flat())} settings differ" in words and "augment.flip false true" in words
     assert "Some CPU @ 2 GHz" in words and "python -m rsengine.train --recipe recipe.toml --data SOURCE" in words
     assert text.count('<ul class="mistakes">') == 1 and text.count("<li>") == 25
     assert len(re.findall('src="data:image/png', text)) == 25 + 20
