@@ -107,7 +107,7 @@ def assert_same_tensors(a, b, path=""):
 def test_a_run_learns_and_leaves_every_record(toy, capsys, toy_dataset):
     assert toy() == 0
     output = capsys.readouterr().out
-    assert "test accuracy" in output and "Report: run/report.html" in output and "threads" in output
+    assert "test accuracy" in output and "Report: run/report.html" in output and " thread" in output
     names = {path.name for path in Path("run").iterdir()}
     assert names == {
         "recipe.toml", "metrics.jsonl", "checkpoint.pt", "best.pt", "weights.safetensors",
