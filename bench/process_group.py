@@ -81,10 +81,10 @@ class Group:
             self._processes.append(process)
 
     def _environment(self, rank: int, size: int) -> dict[str, str]:
-        found = {LAUNCHED: str(size), "LOCAL_RANK": str(rank)}
-        if size == 1:  # as a run without --processes
+        found = {LAUNCHED: "", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}  # bound as by --processes
+        if size == 1:  # as a run without it
             return found
-        names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": self._store.port}
+        names = {"RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": self._store.port}
         found |= {name: str(value) for name, value in names.items()}
         return found | {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
