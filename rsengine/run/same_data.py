@@ -142,13 +142,11 @@ def _where_it_was(saved: dict[str, Any], record: Path) -> Dataset | None:
     except DataError as error:
         said = str(error).partition("; ")[0].removeprefix(f"{saved['folder']}: ")
         raise CheckpointError(
-            f"{record}: the run was on the data in {saved['folder']}, which cannot be read ({said}); "
-            f"{remedy}"
+            f"{record}: the run was on the data in {saved['folder']}, which cannot be read ({said}); {remedy}"
         ) from error
     if identity_of(dataset) != saved.get("identity"):
         raise CheckpointError(
-            f"{record}: the run was on the data in {saved['folder']}, where there are others now; "
-            f"{remedy}"
+            f"{record}: the run was on the data in {saved['folder']}, where there are others now; {remedy}"
         )
     return dataset
 

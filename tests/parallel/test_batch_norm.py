@@ -88,7 +88,7 @@ def joined(parts):
 
 def block(width=8):
     torch.manual_seed(0)
-    return nn.Sequential(Bottleneck(12, width, 2, 0.25, 0.0), Bottleneck(4 * width, width, 1, 0.25, 0.0))
+    return nn.Sequential(Bottleneck(12, width, 2, 0.25, 0.0, True), Bottleneck(4 * width, width, 1, 0.25, 0.0, True))
 
 
 def network():
