@@ -163,7 +163,7 @@ def test_augment(converted, tmp_path):
     found, said = parsed(*arguments, "--set", "cutout_holes=2")
     assert (found["out"], found["dataset"], found["images"], found["rows"], found["seed"]) == (
         str(out), "digits", 2, 1, 0)  # fmt: skip
-    assert (found["settings"]["policy"], found["settings"]["cutout_holes"]) == ("none", 2)
+    assert (found["settings"]["augment.policy"], found["settings"]["augment.cutout_holes"]) == ("none", 2)
     assert said[-1] == f"wrote {out}" and out.stat().st_size > 0
     assert call(*arguments, "--quiet") == (0, [], [])
 
