@@ -12,7 +12,7 @@ from rsengine.config import describe, recipe_names, with_short
 from rsengine.data.paths import convert_command
 from rsengine.errors import SettingsError, run_command
 from rsengine.output import add_output_options, parsed, print_json, print_result, program, speaker
-from rsengine.parallel.launch import is_launched, launch, only_main_prints, processes, status_of_stop
+from rsengine.parallel.launch import end_process, is_launched, launch, only_main_prints, processes, status_of_stop
 from rsengine.plan import plan
 from rsengine.track import TRACKERS
 from rsengine.training import Request, train
@@ -148,4 +148,4 @@ callable_as_train(__name__)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

@@ -228,6 +228,7 @@ def _train(request: Request, say: Callable[[str], None], held: contextlib.ExitSt
             say=say,
             origin=trainer.origin,
         )
+    ranks.most(0)  # none leaves before the records are there: what ends early, gloo or an agent may take for a failure
     outcome = Outcome(out, recipe, dataset, stopped, trainer.result, trainer.progress.epoch, trainer.progress.seconds)
     tracking.finish(outcome.summary(), trainer)
     return outcome

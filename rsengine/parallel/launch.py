@@ -9,10 +9,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import psutil
 import torch
@@ -29,7 +30,7 @@ AUTO = "auto"
 # What each process runs. Until its loop listens, Ctrl-C ends it without a word: the launcher has that word.
 _WORK = (
     "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
-    "from rsengine.train import main; raise SystemExit(main())"
+    "from rsengine.parallel.launch import end_process; from rsengine.train import main; end_process(main)"
 )
 _STOPPED = "stopped"  # a file in the launcher's folder, with the exit status of a run that a signal stopped
 _PATIENCE = 600  # seconds that a stop may take: a step, or an evaluation, and saving
@@ -109,6 +110,26 @@ def end_with_launcher() -> None:
     if is_launched() and sys.platform == "linux":
         set_signal_of_parents_death = 1  # PR_SET_PDEATHSIG in linux/prctl.h
         ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGTERM)
+
+
+def end_process(main: Callable[[], int]) -> NoReturn:
+    """Run the command ``main`` and end this process with its exit status.
+
+    One of several processes ends without undoing what PyTorch's C++ holds: gloo's threads, which see the others end at
+    the same moment, abort it now and then on a busy machine, and the run would count as failed.
+    """
+    if "RANK" not in os.environ:
+        sys.exit(main())
+    try:
+        status = main()
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @contextlib.contextmanager

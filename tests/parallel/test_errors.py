@@ -1,7 +1,10 @@
 """What goes wrong in one process of a run reaches the user once, and ends all of them."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -9,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from rsengine.parallel.launch import KilledError, _status
 from rsengine.parallel.ranks import CONSEQUENCE
 from rsengine.run.log import RunLog
-from tests.parallel.commands import ended, started, torchrun
+from tests.parallel.commands import REPOSITORY, ended, started, torchrun
 
 TERM, KILL, SEGV = signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV
 
@@ -123,3 +126,24 @@ def test_training_from_python_works_under_torchrun(options, tmp_path):
     assert end.out.count("compute: ") == end.out.count("epoch 1/1: ") == end.out.count("Report: ") == 2
     results = [json.loads(line) for line in end.out.splitlines() if line.startswith("[")]
     assert len(results) == 2 and results[0] == results[1] and results[0][0] == results[0][1]  # each process has them
+
+
+@pytest.mark.parametrize("variables", [{}, {"RANK": "1"}], ids=["alone", "of several"])
+@pytest.mark.parametrize(
+    ("work", "status", "words"),
+    [
+        ("return 5", 5, ""),
+        ("sys.exit(3)", 3, ""),
+        ("sys.exit()", 0, ""),
+        ("raise ValueError('odd')", 1, "ValueError: odd\n"),
+    ],
+)
+def test_a_process_ends_with_the_status_of_its_command(variables, work, status, words):
+    program = (
+        f"import sys\nfrom rsengine.parallel.launch import end_process\ndef main():\n    {work}\nend_process(main)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"} | variables
+    end = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert end.returncode == status and end.stderr.endswith(words) and bool(end.stderr) == bool(words)
