@@ -15,6 +15,7 @@ import contextlib
 import datetime
 import itertools
 import os
+import pickle
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -143,8 +144,6 @@ class Ranks:
         if self.size == 1:
             return [value]
         # As bytes in a tensor on the CPU: the collective for objects would put them on the GPU under NCCL.
-        import pickle
-
         mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         (longest,) = self.most(len(mine))
         padded = torch.zeros(longest + 8, dtype=torch.uint8)
@@ -161,11 +160,9 @@ class Ranks:
         """Give ``tensors`` the values that they have in the process of rank 0."""
         if self.size > 1:
             for tensor in tensors:
-                whole = tensor.detach()
-                dense = whole if _is_dense(whole) else whole.contiguous()
-                dist.broadcast(dense, 0)
-                if dense is not whole:
-                    whole.copy_(dense)
+                row_major = tensor.detach().contiguous()  # which gloo and NCCL send; a copy of what is channels_last
+                dist.broadcast(row_major, 0)
+                tensor.copy_(row_major)
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -353,7 +350,3 @@ def _may_be_of_connection(error: BaseException) -> bool:
 def _is_of_connection(error: BaseException) -> bool:
     """Whether ``error`` comes from what carries tensors, gloo or NCCL, or from the store. gloo's have no class."""
     return isinstance(error, dist.DistError) or (_may_be_of_connection(error) and "gloo" in str(error))
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
