@@ -23,11 +23,12 @@ from rsengine.cache import cache_folder
 from rsengine.processor import features
 from rsengine.temporaries import remove_abandoned, remove_folders, temporary_folder
 
-SOURCES = [Path(__file__).with_name(name) for name in ("passes.c", "passes.h")]
+HERE = Path(__file__).parent
+SOURCES = sorted(HERE.glob("*.c")) + sorted(HERE.glob("*.h"))
 # No -ffast-math: NaN must stay NaN. Channels are added up side by side, which needs no reordering of sums.
 FLAGS = ["-std=c11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared"]
 COMPILERS = ("cc", "gcc", "clang")
-LIMIT_SECONDS = 60  # for a compiler, which takes one or two: one that hangs is ended
+LIMIT_SECONDS = 60  # for a compiler, which takes a few: one that hangs is ended
 TEMPORARY = re.compile(r"\.passes-\w+\.(?P<pid>\d+)\.tmp")
 
 
@@ -56,7 +57,9 @@ def built() -> Iterator[tuple[Path, str]]:
         return
     with temporary_folder("native") as private:
         path = private / "passes.so"
-        _run([*compiler, *FLAGS, str(SOURCES[0]), "-o", str(path)], private)
+        _run(
+            [*compiler, *FLAGS, *(str(source) for source in SOURCES if source.suffix == ".c"), "-o", str(path)], private
+        )
         if not doubt:
             try:
                 path = _keep(path, folder, key)

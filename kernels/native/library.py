@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .build import SOURCES, BuildError, built
+from .build import HERE, SOURCES, BuildError, built
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}  # of the functions, by the dtype of the maps
 MOST_THREADS = 1 << 12  # a pass has an array of them on its stack
@@ -57,7 +57,8 @@ def call(name: str, first: Tensor, *others: Tensor | int) -> None:
 @functools.lru_cache(maxsize=1)
 def _signatures() -> dict[str, list[tuple[str, str]]]:
     """Name and type (T of a map's element, float, int64_t) of each parameter, read from the functions themselves."""
-    found = re.findall(r"^void NAME\((\w+)\)\(([^)]*)\)", SOURCES[1].read_text(encoding="utf-8"), re.MULTILINE)
+    source = (HERE / "passes.h").read_text(encoding="utf-8")
+    found = re.findall(r"^void NAME\((\w+)\)\(([^)]*)\)", source, re.MULTILINE)
     parameter = re.compile(r"(?:const )?(T|float|int64_t) (?:\*restrict )?(\w+)$")
     return {
         name: [parameter.match(" ".join(each.split())).group(2, 1) for each in parameters.split(",")]
@@ -114,3 +115,59 @@ def _description(value: object) -> str:
         return f"{type(value).__name__}"
     strides = f" with strides {value.stride()}" if value.layout == torch.strided else f" in {value.layout}"
     return f"{value.dtype} {tuple(value.shape)}{strides} on {value.device}"
+
+
+# --- functions of one dtype, whose arguments are given by name --------------------------------------------------------
+
+DTYPES = {"bf16": torch.bfloat16, "float": torch.float32, "int32_t": torch.int32, "uint32_t": torch.int32}
+
+
+def run(name: str, **arguments: Tensor | int | None) -> None:
+    """Call a function of the library's other sources with the arguments that its parameters have by name, and
+    ``threads``. A pointer may be ``None``.
+
+    Raises:
+        TypeError: an argument is missing or unknown, or a tensor is not of the parameter's dtype, dense on the CPU, and
+            in channels_last if it is a map.
+    """
+    arguments["threads"] = torch.get_num_threads()
+    parameters = _parameters()[name]
+    if arguments.keys() != parameters.keys():
+        wrong = ", ".join(sorted(arguments.keys() ^ parameters.keys()))
+        raise TypeError(f"{name}: expected {', '.join(parameters)}; missing or unknown: {wrong}")
+    converted = [_pointer(name, key, kind, arguments[key]) for key, kind in parameters.items()]
+    getattr(load()[0], name)(*converted)
+
+
+def number(name: str) -> int:
+    """What a function of the library without parameters returns."""
+    function = getattr(load()[0], name)
+    function.restype = ctypes.c_int64
+    return function()
+
+
+@functools.lru_cache(maxsize=1)
+def _parameters() -> dict[str, dict[str, str]]:
+    """Of each function, its parameters and their types, with a star for a pointer, read from the source."""
+    text = "".join(source.read_text(encoding="utf-8") for source in SOURCES if source.suffix == ".c")
+    parameter = re.compile(r"(?:const )?(\w+) (\*?)(\w+)$")
+    found = {}
+    for name, parameters in re.findall(r"^void (\w+)\(([^)]*)\) {", text, re.MULTILINE):
+        matches = [parameter.match(" ".join(each.split())) for each in parameters.split(",")]
+        found[name] = {match[3]: match[1] + match[2] for match in matches}
+    return found
+
+
+def _pointer(name: str, parameter: str, kind: str, value: Tensor | int | None) -> ctypes.c_void_p | ctypes.c_int64:
+    if not kind.endswith("*"):
+        if type(value) is not int or not 0 <= value < 2**62:
+            raise TypeError(f"{name}: {parameter}: expected a whole number; got {value!r}")
+        return ctypes.c_int64(value)
+    if value is None:
+        return ctypes.c_void_p(None)
+    dtype = DTYPES[kind[:-1]]
+    layout = torch.channels_last if isinstance(value, Tensor) and value.dim() == 4 else torch.contiguous_format
+    fits = isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided
+    if not fits or value.dtype != dtype or not value.is_contiguous(memory_format=layout):
+        raise TypeError(f"{name}: {parameter}: expected dense {dtype} on the CPU; got {_description(value)}")
+    return ctypes.c_void_p(value.data_ptr())

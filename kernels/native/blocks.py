@@ -1,0 +1,241 @@
+"""A chain of convolutions with batch norm and ReLU, and a bottleneck, as one autograd function each, in C.
+
+:mod:`rsengine.kernels.bottleneck` calls them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..batch_normalization import check_batch_norm
+from ..conv_norm import ConvNorm, pooled
+from . import convolutions
+from .convolutions import Affine, Gradient, Packed, Spread, Sums
+
+
+class _Made(NamedTuple):
+    """A convolution's output, and what its gradient asks for."""
+
+    x: Tensor
+    packed: Packed
+    y: Tensor
+    affine: Affine
+    stride: int
+
+
+class Chain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, layers, momentum, eps, *_):
+        x = x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        made = []
+        for i, layer in enumerate(layers):
+            before = made[-1].affine if made else None
+            wants_input = i > 0 or ctx.needs_input_grad[0]
+            made.append(_convolve(made[-1].y if made else x, layer, before, momentum, eps, wants_input)[0])
+        _save(ctx, made)
+        return convolutions.rectified(made[-1].y, made[-1].affine)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        made = _saved(ctx)
+        g = dy.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        past = made[-1].affine
+        total, product = convolutions.rectified_sums(g, made[-1].y, past)
+        gradients = []
+        for i in range(len(made) - 1, -1, -1):
+            wanted = ctx.needs_input_grad[4 + 3 * i : 7 + 3 * i]
+            of_y = made[i].affine.gradient(total, product)
+            vectors = product * made[i].affine.deviation, total
+            before = made[i - 1].affine if i else None
+            wants_input = i > 0 or ctx.needs_input_grad[0]
+            of_x, dweight = _backward(made[i], before, g, of_y, past=past, wants_input=wants_input, wanted=wanted)
+            gradients[:0] = [dweight, *vectors]
+            g, total, product, past = of_x.map, of_x.total, of_x.product, None
+        return g, None, None, None, *gradients
+
+
+class Bottleneck(torch.autograd.Function):
+    """Batch norm is affine once its statistics are known, so the last one, squeeze-and-excite and stochastic depth are
+    one affine map of each image, as in :mod:`rsengine.kernels.block_epilogue`."""
+
+    @staticmethod
+    def forward(ctx, x, layers, squeeze_excite, pool, keep_scale, momentum, eps, *_):
+        x = x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        made, sums = [], None
+        for i, layer in enumerate(layers[:3]):
+            before = made[-1].affine if made else None
+            one, sums = _convolve(made[-1].y if made else x, layer, before, momentum, eps, True, image_sums=i == 2)
+            made.append(one)
+        other, affine = x, None
+        if len(layers) == 4:
+            read = pooled(x, pool).contiguous(memory_format=torch.channels_last)
+            made.append(_convolve(read, layers[3], None, momentum, eps, True)[0])
+            other, affine = made[3].y, made[3].affine
+        last = made[2]
+        gate = _gate(last, sums.images, layers[2].beta.detach(), squeeze_excite, keep_scale)
+        y, bits = convolutions.join(last.y, gate.kept * last.affine.scale, gate.kept * last.affine.shift, other, affine)
+        _save(ctx, [made, gate, bits, x])
+        ctx.pool = pool
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        made, gate, bits, x = _saved(ctx)
+        wants = ctx.needs_input_grad
+        dy = dy.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        last, side = made[2], made[3] if len(made) == 4 else None
+        total, product, side_product = convolutions.join_sums(
+            dy, bits, last.y, last.affine.mean, side.y if side else None, side.affine if side else None
+        )
+        of_last, sums, products, excite = _gate_backward(gate, last, total, product)
+        gradients = [None, products * last.affine.deviation, sums]
+        of_x, gradients[0] = _backward(last, made[1].affine, dy, of_last, bits=bits, wanted=wants[13:16])
+        for i in (1, 0):
+            of_y = made[i].affine.gradient(of_x.total, of_x.product)
+            vectors = of_x.product * made[i].affine.deviation, of_x.total
+            wanted, others = wants[7 + 3 * i : 10 + 3 * i], {}
+            if i == 0:
+                side_gradients, others = _shortcut(ctx, side, x, dy, bits, total, side_product)
+                others["wants_input"] = wants[0]
+            before = made[i - 1].affine if i else None
+            of_x, dweight = _backward(made[i], before, of_x.map, of_y, wanted=wanted, **others)
+            gradients[:0] = [dweight, *vectors]
+        return of_x.map, *[None] * 6, *gradients, *side_gradients, *excite
+
+
+def _shortcut(ctx, side, x, dy, bits, total, product):
+    """The gradients of the shortcut's parameters, and what of x's gradient comes through it: for
+    :func:`convolutions.backward`."""
+    if side is None:
+        return [], {"add": dy, "add_bits": bits}
+    wants = ctx.needs_input_grad
+    total = total.sum(0)
+    of_y = side.affine.gradient(total, product)
+    of_x, dweight = _backward(side, None, dy, of_y, bits=bits, wants_input=wants[0], wanted=wants[16:19])
+    others = {"add": of_x.map, "spread": _spread(*x.shape[2:], ctx.pool) if ctx.pool > 1 else None}
+    return [dweight, product * side.affine.deviation, total], others
+
+
+class _Gate(NamedTuple):
+    """Squeeze-and-excite and stochastic depth: how much of each image's channels is kept, (N, C). Without the former,
+    the rest is ``None``."""
+
+    kept: Tensor
+    keep: Tensor | None  # (N, 1)
+    beta: Tensor | None = None
+    w1: Tensor | None = None
+    w2: Tensor | None = None
+    centred: Tensor | None = None
+    squeezed: Tensor | None = None
+    hidden: Tensor | None = None
+    gate: Tensor | None = None
+
+
+def _gate(
+    last: _Made, sums: Tensor, beta: Tensor, weights: Sequence[Tensor] | None, keep_scale: Tensor | None
+) -> _Gate:
+    keep = None if keep_scale is None else keep_scale.float()[:, None]
+    if weights is None:
+        return _Gate(torch.ones_like(sums) if keep is None else keep.expand_as(sums).contiguous(), keep)
+    w1, b1, w2, b2 = (t.detach().to(torch.bfloat16) for t in weights)
+    centred = sums.div_(last.y.shape[2] * last.y.shape[3]).sub_(last.affine.mean)
+    squeezed = torch.addcmul(beta, centred, last.affine.scale).to(torch.bfloat16)
+    hidden = F.relu(F.linear(squeezed, w1, b1))
+    gate = torch.sigmoid(F.linear(hidden, w2, b2).float())
+    return _Gate(gate if keep is None else gate * keep, keep, beta, w1, w2, centred, squeezed, hidden, gate)
+
+
+def _gate_backward(
+    of: _Gate, last: _Made, total: Tensor, product: Tensor
+) -> tuple[Gradient, Tensor, Tensor, list[Tensor]]:
+    """From the sums over each image of g, the gradient past the ReLU, and of ``g * (x - mean)``: the gradient of the
+    last convolution's output, the sums of its batch norm over all images, and the gradients of the weights."""
+    affine, kept, pixels = last.affine, of.kept, last.y.shape[2] * last.y.shape[3]
+    sums, products, spread, parameters = kept * total, kept * product, 0.0, []
+    if of.gate is not None:
+        dgate = torch.addcmul(of.beta * total, affine.scale, product)
+        if of.keep is not None:
+            dgate = dgate * of.keep
+        dsecond = (dgate * of.gate * (1 - of.gate)).to(of.w2.dtype)
+        dfirst = torch.ops.aten.threshold_backward(dsecond @ of.w2, of.hidden, 0)
+        spread = (dfirst @ of.w1).float()  # the gradient of the squeezed means
+        sums, products = sums + spread, torch.addcmul(products, spread, of.centred)
+        parameters = [dfirst.T @ of.squeezed, dfirst.sum(0), dsecond.T @ of.hidden, dsecond.sum(0)]
+    sums, products = sums.sum(0), products.sum(0)
+    slope = -affine.scale * affine.deviation.square() * products / affine.rows
+    constant = (spread / pixels - sums / affine.rows) * affine.scale
+    offset = (constant - slope * affine.mean).expand_as(kept).contiguous()
+    return Gradient(kept * affine.scale, offset, slope), sums, products, [p.float() for p in parameters]
+
+
+def _save(ctx, values: object) -> None:
+    """Save the tensors in nested lists and named tuples, as autograd asks for, and where they were."""
+    tensors: list[Tensor] = []
+
+    def taken(value: object) -> object:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            return _Place(len(tensors) - 1)
+        if isinstance(value, tuple):
+            return type(value)(*map(taken, value))
+        return [taken(each) for each in value] if isinstance(value, list) else value
+
+    ctx.values = taken(values)
+    ctx.save_for_backward(*tensors)
+
+
+def _saved(ctx) -> object:
+    tensors = ctx.saved_tensors
+
+    def put(value: object) -> object:
+        if isinstance(value, _Place):
+            return tensors[value.index]
+        if isinstance(value, tuple):
+            return type(value)(*map(put, value))
+        return [put(each) for each in value] if isinstance(value, list) else value
+
+    return put(ctx.values)
+
+
+class _Place(NamedTuple):
+    index: int
+
+
+def _convolve(
+    x: Tensor, layer: ConvNorm, before: Affine | None, momentum: float, eps: float, back: bool, image_sums: bool = False
+) -> tuple[_Made, Sums]:
+    packed = convolutions.pack(layer.weight, back)
+    y, sums = convolutions.forward(x, packed, layer.stride, before, image_sums)
+    check_batch_norm(y, {}, momentum, eps)
+    rows = y.shape[0] * y.shape[2] * y.shape[3]
+    layer.running_mean.lerp_(sums.mean, momentum)
+    layer.running_var.lerp_(sums.variance * (rows / (rows - 1)), momentum)
+    deviation = torch.rsqrt(sums.variance + eps)
+    scale = layer.gamma.detach() * deviation
+    affine = Affine(scale, layer.beta.detach() - sums.mean * scale, sums.mean, deviation, rows)
+    return _Made(x, packed, y, affine, layer.stride), sums
+
+
+def _backward(made: _Made, before: Affine | None, g: Tensor, of_y: Gradient, *, wanted, **others):
+    return convolutions.backward(
+        made.x, made.packed, made.stride, before, g, made.y, of_y, wants_weight=wanted[0], **others
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _spread(height: int, width: int, pool: int) -> Spread:
+    """The gradient of :func:`rsengine.kernels.conv_norm.pooled`."""
+    rows, columns = torch.arange(height), torch.arange(width)
+    across = (width - 1) // pool + 1
+    source = (rows // pool)[:, None] * across + columns // pool
+    tall, wide = ((n - i // pool * pool).clamp(max=pool) for n, i in ((height, rows), (width, columns)))
+    return Spread(source.flatten().to(torch.int32), (1 / (tall[:, None] * wide).float()).flatten())
