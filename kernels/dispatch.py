@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ from torch import Tensor
 OPS = ("augment_batch", "squeeze_excite", "squeeze_excite_residual", "label_smoothed_cross_entropy")
 OPS += ("ema_update", "sgd_ema_step")
 NATIVE_OPS = ("batch_norm", "batch_norm_squeeze_excite_residual")  # in C for the CPU beside Triton for the GPU
+BLOCK_OPS = ("conv_batch_norm_relu", "bottleneck")  # in C for the CPU alone
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 IMPLEMENTATIONS = ("auto", "triton", "eager")
 NATIVE_IMPLEMENTATIONS = ("auto", "native", "triton", "eager")
+BLOCK_IMPLEMENTATIONS = ("auto", "native", "eager")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # uint8: pixels
 OLDEST_CAPABILITY = (8, 0)  # Ampere: the oldest GPU the kernels are compiled for in the tests
 
@@ -100,14 +102,15 @@ def explain(op: str, device: torch.device | str | None = None) -> str:
     """Say which implementation ``impl="auto"`` chooses for ``op`` on ``device``, and why.
 
     Args:
-        op: one of :data:`OPS` or :data:`NATIVE_OPS`.
+        op: one of :data:`OPS`, :data:`NATIVE_OPS` or :data:`BLOCK_OPS`.
         device: ``None`` is the GPU where PyTorch sees one, else the CPU.
 
     Raises:
         ValueError: ``op`` is none of them.
     """
-    if op not in OPS + NATIVE_OPS:
-        raise ValueError(f"op: expected one of {', '.join(OPS + NATIVE_OPS)}; got {op!r}")
+    known = OPS + NATIVE_OPS + BLOCK_OPS
+    if op not in known:
+        raise ValueError(f"op: expected one of {', '.join(known)}; got {op!r}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if _eager_blocks:
         return f"{op}: eager on {place}, because {INSIDE_EAGER_ONLY}"
@@ -115,6 +118,11 @@ def explain(op: str, device: torch.device | str | None = None) -> str:
         native, reason = _native_on(place.type)
         if native:
             reason += "; parameters and running statistics that are not contiguous float32 take eager"
+        return f"{op}: {'native' if native else 'eager'} on {place}, because {reason}"
+    if op in BLOCK_OPS:
+        native, reason = _blocks_on(place.type)
+        if native:
+            reason += "; under autocast in bfloat16, for float32 parameters"
         return f"{op}: {'native' if native else 'eager'} on {place}, because {reason}"
     automatic, _, reason = _triton_on(place.type, place.index)
     return f"{op}: {'triton' if automatic else 'eager'} on {place}, because {reason}"
@@ -179,6 +187,46 @@ def choose_native(op: str, impl: str, maps: dict[str, Tensor], vectors: dict[str
     return wanted
 
 
+def choose_blocks(op: str, impl: str, x: Tensor, parameters: Sequence[Tensor]) -> str:
+    """``"native"`` or ``"eager"`` for an ``op`` of :data:`BLOCK_OPS` with input ``x``.
+
+    Under :func:`torch.compile`, ``"auto"`` is eager, as in :func:`choose_native`.
+
+    Raises:
+        ValueError: ``impl`` is not one of :data:`BLOCK_IMPLEMENTATIONS`.
+        RuntimeError: ``impl="native"`` where it cannot run; the message says why.
+    """
+    if impl not in BLOCK_IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {', '.join(BLOCK_IMPLEMENTATIONS)}; got {impl!r}")
+    if impl == "eager":
+        return "eager"
+    possible, reason = False, "torch.compile sees only PyTorch's operators"
+    if not torch.compiler.is_compiling():
+        reason = INSIDE_EAGER_ONLY if _eager_blocks else _unfit_for_blocks(x, parameters)
+        if not reason:
+            possible, reason = _blocks_on(x.device.type)
+    if impl == "native" and not possible:
+        raise RuntimeError(f"impl: 'native' cannot run {op} here, because {reason}; use 'auto' or 'eager'")
+    return "native" if possible else "eager"
+
+
+def _unfit_for_blocks(x: Tensor, parameters: Sequence[Tensor]) -> str:
+    if x.device.type != "cpu":
+        return _blocks_on(x.device.type)[1]
+    if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        return "it is for autocast in bfloat16, which is off"
+    if x.dtype not in NATIVE_DTYPES or not x.numel():
+        return f"it is written for {' and '.join(map(str, NATIVE_DTYPES))} maps with pixels, and the input is {x.dtype}"
+    for tensor in (x, *parameters):
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"a tensor is a {type(tensor).__name__}, which has no memory to pass over"
+    for tensor in parameters:
+        dense = tensor.dim() == 4 or tensor.is_contiguous()
+        if tensor.dtype != torch.float32 or tensor.device != x.device or not dense:
+            return f"it takes float32 parameters that lie as a whole beside the input, and one is {tensor.dtype}"
+    return ""
+
+
 def _unfit(maps: dict[str, Tensor], vectors: dict[str, Tensor], dtypes: tuple[torch.dtype, ...], wanted: str) -> str:
     """Why code that is given addresses cannot have these tensors, or nothing: one of another kind would be misread."""
     main = next(iter(maps.values()))
@@ -210,6 +258,14 @@ def _native_on(device_type: str) -> tuple[bool, str]:
 
     library, reason = load()
     return library is not None, reason
+
+
+def _blocks_on(device_type: str) -> tuple[bool, str]:
+    if device_type != "cpu":
+        return False, f"the functions are for the CPU, and the device type is {device_type!r}"
+    from .native.convolutions import available
+
+    return available()
 
 
 def _triton_on(device_type: str, index: int | None) -> tuple[bool, bool, str]:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .conv_norm import ConvNorm
+
 
 def squeeze_excite(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """Hu et al., arXiv 1709.01507, equations 2 to 4. Must move: read x, write y."""
@@ -125,3 +127,59 @@ def sgd_ema_step(
         ema_update(shadow, params, decay)
     for c, p in zip(copies or [], params, strict=copies is not None):
         c.copy_(p)
+
+
+def conv_batch_norm_relu(x: Tensor, layers: Sequence[ConvNorm], momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
+    """``relu(batch_norm(conv(x)))`` for each layer. Must move: read x, write the last y, if all between fits a cache,
+    which it does not: so each convolution's output once each way."""
+    for layer in layers:
+        x = batch_norm(_conv(x, layer), *layer[1:5], momentum, eps, relu=True)
+    return x
+
+
+def bottleneck(
+    x: Tensor,
+    layers: Sequence[ConvNorm],
+    squeeze_excite: Sequence[Tensor] | None = None,
+    shortcut: ConvNorm | None = None,
+    pool: int = 1,
+    keep_scale: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """He et al., arXiv 1512.03385, figure 5, with He et al., arXiv 1812.01187, figure 2 c (ResNet-D)."""
+    branch = _conv(conv_batch_norm_relu(x, layers[:2], momentum, eps), layers[2])
+    other = x
+    if shortcut is not None:
+        n, c, h, w = x.shape
+        rows, columns = -(-h // pool), -(-w // pool)
+        squares = [
+            x[:, :, i * pool : (i + 1) * pool, j * pool : (j + 1) * pool].mean(dim=(2, 3))
+            for i in range(rows)
+            for j in range(columns)
+        ]
+        other = torch.stack(squares, dim=2).reshape(n, c, rows, columns)
+        other = batch_norm(_conv(other, shortcut), *shortcut[1:5], momentum, eps)
+    if squeeze_excite is not None:
+        return batch_norm_squeeze_excite_residual(
+            branch, *layers[2][1:5], *squeeze_excite, other, keep_scale, momentum, eps
+        )
+    branch = batch_norm(branch, *layers[2][1:5], momentum, eps)
+    if keep_scale is not None:
+        branch = branch * keep_scale.reshape(-1, 1, 1, 1)
+    return (other + branch).clamp_min(0)
+
+
+def _conv(x: Tensor, layer: ConvNorm) -> Tensor:
+    """A sum over the taps of shifted maps."""
+    n, _, h, w = x.shape
+    outputs, _, kernel, _ = layer.weight.shape
+    reach, stride = kernel // 2, layer.stride
+    rows, columns = (h - 1) // stride + 1, (w - 1) // stride + 1
+    padded = torch.nn.functional.pad(x, (reach,) * 4)
+    y = torch.zeros(n, outputs, rows, columns, dtype=x.dtype)
+    for i in range(kernel):
+        for j in range(kernel):
+            seen = padded[:, :, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (columns - 1) + 1 : stride]
+            y = y + torch.einsum("nchw,oc->nohw", seen, layer.weight[:, :, i, j])
+    return y
