@@ -7,14 +7,14 @@ does the same sums. On other devices every layer is that of ``torch.nn``, unless
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rsengine.kernels import batch_norm
+from rsengine.kernels import ConvNorm, batch_norm, joins
 from rsengine.parallel.batch_norm import sync_batch_norm
 from rsengine.parallel.ranks import Ranks
 
@@ -135,10 +135,33 @@ class BatchNorm(nn.BatchNorm2d):
         return batch_norm(x, *self.tensors(), self.momentum, self.eps, relu)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Count a batch if :attr:`counts`; return what the operations of :mod:`rsengine.kernels` take from here."""
+        """Count a batch; return what the operations of :mod:`rsengine.kernels` take from here."""
+        self.count()
+        return self.parameters_and_averages()
+
+    def count(self) -> None:
+        """Count a batch if :attr:`counts`."""
         if self.counts:
             self.num_batches_tracked.add_(1)
+
+    def parameters_and_averages(self) -> tuple[Tensor, ...]:
         return self.weight, self.bias, self.running_mean, self.running_var
+
+
+def joined(x: Tensor, pairs: Sequence[tuple[nn.Conv2d, BatchNorm]]) -> list[ConvNorm] | None:
+    """Convolutions, each with the batch norm after it, as the operations on whole parts of the network take them;
+    ``None`` where these do not run, or would not do what the layers do."""
+    first = pairs[0][1]
+    for conv, bn in pairs:
+        alike = bn.momentum == first.momentum and bn.eps == first.eps
+        if conv.as_product is not None or not bn.training or bn.momentum is None or bn.is_synchronised or not alike:
+            return None
+    layers = [ConvNorm(conv.weight, *bn.parameters_and_averages(), conv.stride[0]) for conv, bn in pairs]
+    if not joins(x, layers):
+        return None
+    for _, bn in pairs:
+        bn.count()
+    return layers
 
 
 def count_batch(layers: Iterable[BatchNorm]) -> None:

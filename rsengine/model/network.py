@@ -20,8 +20,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rsengine.errors import SettingsError
-from rsengine.kernels import batch_norm_squeeze_excite_residual, squeeze_excite_residual
-from rsengine.model.layers import BatchNorm, Conv3x3, PointwiseConv, count_batch, draw_keeps, dropout
+from rsengine.kernels import (
+    batch_norm_squeeze_excite_residual,
+    bottleneck,
+    conv_batch_norm_relu,
+    squeeze_excite_residual,
+)
+from rsengine.model.layers import BatchNorm, Conv3x3, PointwiseConv, count_batch, draw_keeps, dropout, joined
 from rsengine.parallel.ranks import ALONE, Ranks
 
 # Blocks in each of the four stages. 26 is this project's small one; the others are the paper's.
@@ -63,10 +68,12 @@ class Stem(nn.Module):
         self.pool_conv, self.pool_bn = Conv3x3(2 * width, 2 * width, pool_stride), BatchNorm(2 * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bn1(self.conv1(x), relu=True)
-        x = self.bn2(self.conv2(x), relu=True)
-        x = self.bn3(self.conv3(x), relu=True)
-        return self.pool_bn(self.pool_conv(x), relu=True)
+        pairs = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3), (self.pool_conv, self.pool_bn)]
+        if layers := joined(x, pairs):
+            return conv_batch_norm_relu(x, layers, self.bn1.momentum, self.bn1.eps)
+        for conv, bn in pairs:
+            x = bn(conv(x), relu=True)
+        return x
 
 
 class PlainStem(nn.Module):
@@ -136,6 +143,14 @@ class Bottleneck(nn.Module):
         keep_scale = None
         if self.training and self.drop_path > 0:
             keep_scale = draw_keeps(x.shape[0], self.drop_path, self.ranks, x.device)
+        if layers := joined(x, self._pairs()):
+            weights = self.se.weights() if self.se is not None else None
+            shortcut, pool = None, 1
+            if len(layers) == 4:
+                shortcut, pool = layers[3], self.shortcut.stride
+                if not self.shortcut.pools:
+                    shortcut, pool = shortcut._replace(stride=pool), 1
+            return bottleneck(x, layers[:3], weights, shortcut, pool, keep_scale, self.bn1.momentum, self.bn1.eps)
         branch = self.bn1(self.conv1(x), relu=True)
         branch = self.bn2(self.conv2(branch), relu=True)
         branch, shortcut, bn = self.conv3(branch), self.shortcut(x), self.bn3
@@ -149,6 +164,10 @@ class Bottleneck(nn.Module):
         return batch_norm_squeeze_excite_residual(
             branch, *bn.tensors(), *self.se.weights(), shortcut, keep_scale, bn.momentum, bn.eps
         )
+
+    def _pairs(self) -> list[tuple[nn.Conv2d, BatchNorm]]:
+        pairs = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
+        return pairs + ([(self.shortcut.conv, self.shortcut.bn)] if isinstance(self.shortcut, Shortcut) else [])
 
 
 class ResNetRS(nn.Module):
