@@ -7,7 +7,10 @@
 
 #include "plan.h"
 
-enum { GRADIENT_ROWS = 256 }; /* of a chunk of images, at least */
+enum {
+    GRADIENT_ROWS = 256, /* of a chunk of images, at least */
+    RUN_STEPS = 8,       /* of 32 rows: what the products of a weight's gradient sweep over stays in the L1 cache */
+};
 
 /* 32 channels of 32 rows, each `offset` from `from`: pairs of rows as 16 + 16 vectors of (16 channels, 2). */
 static inline void interleave(const bf16 *from, const int32_t *offset, __m512i *low, __m512i *high) {
@@ -214,20 +217,28 @@ static void input_gradient(const problem *p, const bf16 *gradients, int64_t i, i
     }
 }
 
-/* Add what a chunk's images give to the sums of 32 columns and all rows of the weight at one tap of a group, which begin
+/* Blocks of 32 rows of a chunk that meet in a group, from `first` on. */
+typedef struct {
+    const int32_t *offsets; /* the group's */
+    int64_t rows, first, steps;
+} run;
+
+/* Add what a run of rows gives to the sums of 32 columns and all rows of the weight at one tap of a group, which begin
  * with it unless `begun`. left: the turned side. */
-static void add_products(const problem *p, const bf16 *gradients, const bf16 *read, const int32_t *offsets, int64_t steps,
-                         int64_t t, int64_t j, const bf16 *left, bf16 *panel, float *sum, int begun) {
-    make_panel(p->flip ? gradients : read, offsets + (p->flip ? 0 : (1 + t) * steps * SIDE), j, steps, panel);
+static void add_products(const problem *p, const bf16 *gradients, const bf16 *read, const run *of, int64_t t, int64_t j,
+                         const bf16 *left, bf16 *panel, float *sum, int begun) {
+    const int64_t steps = of->steps;
+    const int32_t *offsets = of->offsets + (p->flip ? 0 : (1 + t) * of->rows) + of->first * SIDE;
+    make_panel(p->flip ? gradients : read, offsets, j, steps, panel);
     for (int64_t m = 0; m < p->m_deep; m++) {
         const bf16 *upper = left + 2 * m * steps * TILE;
         accumulate(upper, upper + steps * TILE, panel, panel + steps * TILE, steps, sum + m * SIDE * SIDE, begun);
     }
 }
 
-static void turn_side(const problem *p, const bf16 *gradients, const bf16 *read, const int32_t *offsets, int64_t steps,
-                      int64_t m, bf16 *left) {
-    turn(p->flip ? read : gradients, offsets + (p->flip ? steps * SIDE : 0), m, steps, left + 2 * m * steps * TILE);
+static void turn_side(const problem *p, const bf16 *gradients, const bf16 *read, const run *of, int64_t m, bf16 *left) {
+    const int32_t *offsets = of->offsets + (p->flip ? of->rows : 0) + of->first * SIDE;
+    turn(p->flip ? read : gradients, offsets, m, of->steps, left + 2 * m * of->steps * TILE);
 }
 
 /* What a chunk of a thread's own gives to the thread's sums: (taps, n_deep, m_deep) blocks. Returns the bits of the taps
@@ -238,12 +249,15 @@ static int64_t weight_gradient(const problem *p, const bf16 *gradients, const bf
     int64_t steps;
     for (int k = 0; k < groups(p); k++) {
         const group c = next_group(p, &at, &steps);
-        for (int64_t m = 0; m < p->m_deep; m++) turn_side(p, gradients, read, offsets, steps, m, left);
-        for (int64_t t = 0; t < c.taps; t++) {
-            for (int64_t j = 0; j < p->n_deep; j++)
-                add_products(p, gradients, read, offsets, steps, t, j, left, panel,
-                             sums + (c.tap[t] * p->n_deep + j) * p->m_deep * SIDE * SIDE, begun >> c.tap[t] & 1);
-            begun |= (int64_t)1 << c.tap[t];
+        for (int64_t first = 0; first < steps; first += RUN_STEPS) {
+            const run of = {offsets, steps * SIDE, first, steps - first < RUN_STEPS ? steps - first : RUN_STEPS};
+            for (int64_t m = 0; m < p->m_deep; m++) turn_side(p, gradients, read, &of, m, left);
+            for (int64_t t = 0; t < c.taps; t++) {
+                for (int64_t j = 0; j < p->n_deep; j++)
+                    add_products(p, gradients, read, &of, t, j, left, panel,
+                                 sums + (c.tap[t] * p->n_deep + j) * p->m_deep * SIDE * SIDE, begun >> c.tap[t] & 1);
+                begun |= (int64_t)1 << c.tap[t];
+            }
         }
         offsets += steps * SIDE * (1 + c.taps);
     }
@@ -257,8 +271,9 @@ static void shared_weight_gradient(const problem *p, const bf16 *gradients, cons
     int64_t steps;
     for (int k = 0; k < groups(p); k++) {
         const group c = next_group(p, &at, &steps);
+        const run of = {offsets, steps * SIDE, 0, steps};
 #pragma omp for schedule(static)
-        for (int64_t m = 0; m < p->m_deep; m++) turn_side(p, gradients, read, offsets, steps, m, to);
+        for (int64_t m = 0; m < p->m_deep; m++) turn_side(p, gradients, read, &of, m, to);
         to += 2 * p->m_deep * steps * TILE;
         offsets += steps * SIDE * (1 + c.taps);
     }
@@ -271,9 +286,10 @@ static void shared_weight_gradient(const problem *p, const bf16 *gradients, cons
             int begun = 0;
             for (int k = 0; k < groups(p); k++) {
                 const group c = next_group(p, &at, &steps);
+                const run of = {offsets, steps * SIDE, 0, steps};
                 for (int64_t t = 0; t < c.taps; t++)
                     if (c.tap[t] == tap) {
-                        add_products(p, gradients, read, offsets, steps, t, j, from, panel, sums, begun);
+                        add_products(p, gradients, read, &of, t, j, from, panel, sums, begun);
                         begun = 1;
                     }
                 from += 2 * p->m_deep * steps * TILE;
