@@ -120,7 +120,7 @@ def explain(op: str, device: torch.device | str | None = None) -> str:
             reason += "; parameters and running statistics that are not contiguous float32 take eager"
         return f"{op}: {'native' if native else 'eager'} on {place}, because {reason}"
     if op in BLOCK_OPS:
-        native, reason = _blocks_on(place.type)
+        native, _, reason = _blocks_on(place.type)
         if native:
             reason += "; under autocast in bfloat16, for float32 parameters"
         return f"{op}: {'native' if native else 'eager'} on {place}, because {reason}"
@@ -200,19 +200,20 @@ def choose_blocks(op: str, impl: str, x: Tensor, parameters: Sequence[Tensor]) -
         raise ValueError(f"impl: expected one of {', '.join(BLOCK_IMPLEMENTATIONS)}; got {impl!r}")
     if impl == "eager":
         return "eager"
-    possible, reason = False, "torch.compile sees only PyTorch's operators"
+    automatic = possible = False
+    reason = "torch.compile sees only PyTorch's operators"
     if not torch.compiler.is_compiling():
         reason = INSIDE_EAGER_ONLY if _eager_blocks else _unfit_for_blocks(x, parameters)
         if not reason:
-            possible, reason = _blocks_on(x.device.type)
+            automatic, possible, reason = _blocks_on(x.device.type)
     if impl == "native" and not possible:
         raise RuntimeError(f"impl: 'native' cannot run {op} here, because {reason}; use 'auto' or 'eager'")
-    return "native" if possible else "eager"
+    return "native" if automatic or impl == "native" else "eager"
 
 
 def _unfit_for_blocks(x: Tensor, parameters: Sequence[Tensor]) -> str:
     if x.device.type != "cpu":
-        return _blocks_on(x.device.type)[1]
+        return _blocks_on(x.device.type)[2]
     if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return "it is for autocast in bfloat16, which is off"
     if x.dtype not in NATIVE_DTYPES or not x.numel():
@@ -260,9 +261,10 @@ def _native_on(device_type: str) -> tuple[bool, str]:
     return library is not None, reason
 
 
-def _blocks_on(device_type: str) -> tuple[bool, str]:
+def _blocks_on(device_type: str) -> tuple[bool, bool, str]:
+    """As :func:`_triton_on`, for the functions in C."""
     if device_type != "cpu":
-        return False, f"the functions are for the CPU, and the device type is {device_type!r}"
+        return False, False, f"the functions are for the CPU, and the device type is {device_type!r}"
     from .native.convolutions import available
 
     return available()

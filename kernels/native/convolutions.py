@@ -19,16 +19,18 @@ BLOCK = 32  # channels
 
 
 @functools.lru_cache(maxsize=1)
-def available() -> tuple[bool, str]:
-    """Whether these functions can run here, and a sentence on why."""
+def available() -> tuple[bool, bool, str]:
+    """Whether these functions are faster here than layer by layer, whether they can run, and a sentence on why."""
     library, reason = load()
     if library is None:
-        return False, reason
+        return False, False, reason
     if not hasattr(library, "convolution_forward"):
-        return False, "the processor, or the compiler, has no AVX512_BF16, which they are written for"
+        return False, False, "the processor, or the compiler, has no AVX512_BF16, which they are written for"
     if not number("convolution_prepare"):
-        return False, "the system does not let this process use AMX"
-    return True, f"the processor has {'AMX' if number('convolution_has_tiles') else 'AVX512_BF16'}; {reason}"
+        return False, False, "the system does not let this process use AMX"
+    if not number("convolution_has_tiles"):
+        return False, True, "the processor has AVX512_BF16 and no AMX, and layer by layer is as fast there"
+    return True, True, f"the processor has AMX; {reason}"
 
 
 class Packed(NamedTuple):

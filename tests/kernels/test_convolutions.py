@@ -1,5 +1,9 @@
 """The C convolutions against PyTorch's in float64, on inputs that bfloat16 holds: every output, gradient and sum."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +11,7 @@ import torch.nn.functional as F
 from rsengine.kernels.native import convolutions
 from rsengine.kernels.native.convolutions import Affine, Gradient, Spread
 
-AVAILABLE, REASON = convolutions.available()
+_, AVAILABLE, REASON = convolutions.available()
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason=f"bfloat16 convolutions in C: {REASON}")
 
 # images, inputs, outputs, height, width, kernel, stride: what is read in place and what is copied, whole and broken
@@ -222,3 +226,18 @@ def test_the_same_bits_each_time(threads):
     assert torch.equal(first[1], second[1]) and all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
     first, second = (convolutions.forward(this.x, this.packed, 1, this.before, True) for _ in range(2))
     assert torch.equal(first[0], second[0]) and all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+@pytest.mark.slow
+def test_without_tiles_it_computes_the_same(tmp_path):
+    """As it is compiled for a processor with AVX512_BF16 and no AMX."""
+    if not convolutions.number("convolution_has_tiles"):
+        pytest.skip("the processor has no AMX: that is what the other tests run")
+    environment = os.environ | {"CC": "cc -mno-amx-tile -mno-amx-bf16 -mno-amx-int8", "RSENGINE_CACHE": str(tmp_path)}
+    tests = [__file__, __file__.replace("convolutions", "bottleneck"), "-k", "not without_tiles"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
+    code = "from rsengine.kernels import explain; print(explain('bottleneck', 'cpu'))"
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
+    assert said.startswith("bottleneck: eager on cpu, because the processor has AVX512_BF16 and no AMX")
