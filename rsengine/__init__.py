@@ -5,6 +5,7 @@
 nothing else: its functions bring what they need when they are first used.
 """
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +13,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["History", "Model", "Predictions", "Run", "load", "train"]
+
+
+# How often a thread that waits for the others looks before it sleeps; OpenMP reads it once, when PyTorch is imported.
+# With its default of 300,000 a step of two threads takes three to five times as long beside one busy process, and with
+# this about twice; alone it takes as long as ever (docs/performance.md). On many cores, where waking may cost more,
+# nobody has measured it.
+if (os.cpu_count() or 1) <= 4 and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
 def __getattr__(name: str) -> object:

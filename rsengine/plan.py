@@ -176,4 +176,5 @@ def _device(request: Request, execution: Execution) -> str:
 
 
 def _kernels(execution: Execution) -> list[str]:
-    return [explain(op, execution.device.type) for op in KERNELS]
+    kind = execution.device.type
+    return [explain(op, kind) for op in ("bottleneck",) * (kind == "cpu") + KERNELS]

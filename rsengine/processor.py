@@ -1,11 +1,12 @@
-"""What the system says about the processors. Nothing else reads /proc/cpuinfo."""
+"""What the system says about the processors. Nothing else reads /proc/cpuinfo and /proc/stat."""
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
-LISTING = Path("/proc/cpuinfo")
+LISTING, STATISTICS = Path("/proc/cpuinfo"), Path("/proc/stat")
 
 
 def listing() -> list[dict[str, str]]:
@@ -30,3 +31,32 @@ def usable_cpus() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
         return set(os.sched_getaffinity(0))
     return set(range(os.cpu_count() or 1))
+
+
+def wanted_by_others(looks: int = 5, pause: float = 0.02) -> int:
+    """How many processors other processes want: the fewest in a few looks, ``pause`` seconds apart. 0 if the system
+    does not say."""
+    counts = []
+    for look in range(looks):
+        time.sleep(pause if look else 0)
+        try:
+            lines = STATISTICS.read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return 0
+        counts += [int(line.split()[1]) - _running() for line in lines if line.startswith("procs_running ")]
+    return max(min(counts, default=0), 0)
+
+
+def _running() -> int:
+    """How many threads of this process run now: this one, and those of loaders."""
+    states = (path.read_text().rpartition(")")[2].split()[0] for path in Path("/proc/self/task").glob("*/stat"))
+    return sum(state == "R" for state in states)
+
+
+def is_busy(threads: int) -> str:
+    """What to say where other processes want processors that ``threads`` threads would use; else nothing."""
+    others, there = wanted_by_others(), os.cpu_count() or 1
+    if not others or others + threads <= there:
+        return ""
+    processes = "1 other process wants" if others == 1 else f"{others} other processes want"
+    return f"the machine is busy: {processes} its {there} processors, so that all takes longer"

@@ -24,6 +24,7 @@ from rsengine.kernels import explain
 from rsengine.output import counted, program, speaker
 from rsengine.parallel.launch import bind_to_cores, end_with_launcher
 from rsengine.parallel.ranks import ALONE, Ranks, join
+from rsengine.processor import is_busy
 from rsengine.run.checkpoint import load_checkpoint
 from rsengine.run.files import (
     BEST_FILE,
@@ -327,9 +328,11 @@ def announce(trainer: Trainer, dataset: Dataset, steps: str, say: Callable[[str]
         rule = recipe.train.batch_norm
         way = ranks.backend + " and shared memory" * trainer.step.update.reduction.is_shared
         threads = f"{ranks.size} processes through {way}, {threads} each, batch norm {rule}"
-    say(f"compute: {execution.reason}; channels_last; {threads}; {steps}")
+    alone = execution.device.type == "cpu" and ranks.size == 1  # other processes of this run are no other work
+    busy = is_busy(execution.threads) if alone else ""
+    say(f"compute: {execution.reason}; channels_last; {threads}; {steps}" + f"; {busy}" * bool(busy))
     if execution.device.type == "cpu":
-        say(f"layers: {explain('batch_norm', 'cpu')}")
+        say(f"layers: {_layers(recipe, execution)}")
     length = f"{counted(recipe.train.epochs, 'epoch')} of {counted(trainer.steps_per_epoch, 'step')}"
     say(f"run: {recipe.name}, {length}, into {trainer.out}")
     if recipe.train.frozen_parts:
@@ -339,6 +342,13 @@ def announce(trainer: Trainer, dataset: Dataset, steps: str, say: Callable[[str]
             say("frozen: these parts keep their random weights; --init begins with weights that were trained")
     if trainer.resumed:
         say(f"resumed at step {trainer.steps_done} of {trainer.total_steps}")
+
+
+def _layers(recipe: Recipe, execution: Execution) -> str:
+    """Which implementation the layers have on the CPU."""
+    if execution.autocast_dtype == torch.bfloat16 and recipe.train.convolutions == "auto":
+        return explain("bottleneck", "cpu")
+    return explain("batch_norm", "cpu")
 
 
 def _named(recipe: str | Recipe) -> Recipe:

@@ -1,5 +1,8 @@
 """What is read of the processors, from listings of several kinds; and who reads it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +56,66 @@ def test_nothing_else_reads_the_listing():
     files = {path.resolve() for house in houses for path in (ROOT / house).rglob("*.py")}
     readers = [path.relative_to(ROOT.resolve()) for path in files if "/proc/cpuinfo" in path.read_text()]
     assert readers == [Path("rsengine/processor.py")]
+
+
+@pytest.fixture
+def running(monkeypatch, tmp_path):
+    """Says how many threads of the whole system run, at each look."""
+    file = tmp_path / "stat"
+    monkeypatch.setattr(processor, "STATISTICS", file)
+    monkeypatch.setattr(processor, "_running", lambda: 1)
+    monkeypatch.setattr(processor.os, "cpu_count", lambda: 2)
+
+    def say(*counts):
+        left = list(counts)
+        monkeypatch.setattr(
+            processor.time, "sleep", lambda _: file.write_text(f"cpu 1 2\nprocs_running {left.pop(0)}\n")
+        )
+
+    return say
+
+
+@pytest.mark.parametrize(
+    ("counts", "threads", "expected"),
+    [
+        ((2, 2, 2, 2, 2), 2, "the machine is busy: 1 other process wants its 2 processors, so that all takes longer"),
+        ((4, 3, 5, 9, 3), 1, "the machine is busy: 2 other processes want its 2 processors, so that all takes longer"),
+        ((2, 2, 1, 2, 2), 2, ""),  # something short
+        ((2, 2, 2, 2, 2), 1, ""),  # there is a processor for it
+        ((1, 1, 1, 1, 1), 2, ""),
+    ],
+)
+def test_a_busy_machine_is_noticed(running, counts, threads, expected):
+    running(*counts)
+    assert processor.is_busy(threads) == expected
+
+
+def test_a_system_that_does_not_say_is_not_busy(monkeypatch, tmp_path):
+    monkeypatch.setattr(processor, "STATISTICS", tmp_path / "none")
+    assert processor.wanted_by_others() == 0 and processor.is_busy(64) == ""
+
+
+def test_a_busy_process_is_counted():
+    """As the system itself counts: more with it than without, on a machine that other tests may use too."""
+    if not processor.STATISTICS.exists():
+        pytest.skip("the system does not say how many threads run")
+    with subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
+    ) as busy:
+        busy.stdout.readline()
+        found = processor.wanted_by_others()
+        busy.kill()
+    assert found >= 1
+
+
+@pytest.mark.parametrize("given", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}], ids=str)
+def test_waiting_threads_sleep_soon_unless_the_user_has_chosen(given):
+    """On machines of up to four processors; and importing the package is early enough, before PyTorch."""
+    plain = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = "import os, sys; os.cpu_count = lambda: {}; import rsengine; "
+    code += "print(os.environ.get('GOMP_SPINCOUNT'), *sys.modules)"
+    chosen = given.get("GOMP_SPINCOUNT", "None")
+    for cores, expected in ((4, chosen if given else "5000"), (5, chosen)):
+        command = [sys.executable, "-c", code.format(cores)]
+        said = subprocess.run(command, env=plain | given, capture_output=True, text=True, check=True).stdout.split()
+        assert said[0] == expected and "rsengine" in said and "torch" not in said
