@@ -153,6 +153,8 @@ def joined(x: Tensor, pairs: Sequence[tuple[nn.Conv2d, BatchNorm]]) -> list[Conv
     ``None`` where these do not run, or would not do what the layers do."""
     first = pairs[0][1]
     for conv, bn in pairs:
+        if not isinstance(conv, PointwiseConv | Conv3x3):  # somebody has put another one in its place
+            return None
         alike = bn.momentum == first.momentum and bn.eps == first.eps
         if conv.as_product is not None or not bn.training or bn.momentum is None or bn.is_synchronised or not alike:
             return None
