@@ -34,7 +34,7 @@ bench: $(READY)
 
 bench-train: $(READY)
 	$(BIN)/python -m pytest bench/test_train_step.py -k beside_baselines --benchmark-only --benchmark-json=.benchmarks/train-step.json -s $(ARGS)
-	$(BIN)/python -m bench.train_step_table .benchmarks/train-step.json > bench/results/train-step.md
+	$(BIN)/python -m bench.train_step_table .benchmarks/train-step.json
 
 compile-report: $(READY)
 	$(BIN)/python -m rsengine.kernels.proof.compile_report $(ARGS)

@@ -6,7 +6,6 @@ has a process of its own; they take turns, and each measures alone and beside. T
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
@@ -17,26 +16,11 @@ from bench.own_process import OURS, OwnProcess
 
 CASES = [Case(26, 32, 1, 32, 128), Case(50, 32, 2, 32, 128)]
 WAYS = {
-    "OpenMP's default": {"GOMP_SPINCOUNT": "300000"},
-    "rsengine's": {"GOMP_SPINCOUNT": "5000"},
-    "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
+    "OpenMP's default": {"GOMP_SPINCOUNT": "300000", "OMP_WAIT_POLICY": None},
+    "rsengine's": {"GOMP_SPINCOUNT": None, "OMP_WAIT_POLICY": None},
+    "OMP_WAIT_POLICY=passive": {"GOMP_SPINCOUNT": None, "OMP_WAIT_POLICY": "passive"},
 }
 ROUNDS, SECONDS = 5, 3.0
-
-
-def started(way: dict[str, str], case: Case) -> OwnProcess:
-    """A process whose threads wait in a certain way, which OpenMP reads from the environment at its start."""
-    before = dict(os.environ)
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        os.environ.pop(name, None)
-    os.environ.update(way)
-    try:
-        process = OwnProcess(OURS, case)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    process.step(), process.step()
-    return process
 
 
 def rate(process: OwnProcess, images: int) -> float:
@@ -50,7 +34,9 @@ def rate(process: OwnProcess, images: int) -> float:
 def main() -> None:
     print("| step | threads wait by | alone, images/s | beside a busy process | share |\n|---|---|---:|---:|---:|")
     for case in CASES:
-        processes = {name: started(way, case) for name, way in WAYS.items()}
+        processes = {name: OwnProcess(OURS, case, way) for name, way in WAYS.items()}
+        for process in processes.values():
+            process.step(), process.step()
         alone, beside = ({name: [] for name in WAYS} for _ in range(2))
         for _ in range(ROUNDS):
             for name, process in processes.items():

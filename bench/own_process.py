@@ -4,7 +4,9 @@ them: how the C library allocates memory is one setting for a whole process, and
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
 from bench.baselines import BASELINES, Case, rsengine_step
@@ -15,14 +17,27 @@ SETTLE_SECONDS = 0.02  # the threads of the previous step spin for a few millise
 
 
 class OwnProcess:
-    """Steps of :data:`OURS` or of one of :data:`bench.baselines.BASELINES` on a case, timed in a process of its own."""
+    """Steps of :data:`OURS` or of one of :data:`bench.baselines.BASELINES` on a case, timed in a process of its own.
 
-    def __init__(self, name: str, case: Case) -> None:
+    Args:
+        environment: variables of the process, in place of this one's; ``None`` for one that it does not have.
+    """
+
+    def __init__(self, name: str, case: Case, environment: Mapping[str, str | None] | None = None) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, name, case))
-        self.process.start()
+        before = dict(os.environ)
+        for variable, value in (environment or {}).items():
+            os.environ.pop(variable, None)
+            if value is not None:
+                os.environ[variable] = value
+        try:
+            self.process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
         theirs.close()
 
     def step(self) -> float:

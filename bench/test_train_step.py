@@ -10,7 +10,7 @@ import statistics
 import pytest
 import torch
 
-from bench.baselines import BASELINES, Case, matmul_rate, rsengine_step
+from bench.baselines import AVX2, BASELINES, ON_AVX2, Case, matmul_rate, rsengine_step
 from bench.own_process import OURS, OwnProcess
 from rsengine.config import load_recipe
 from rsengine.device import choose_execution, keep_freed_memory
@@ -48,8 +48,11 @@ def test_beside_baselines(benchmark, case):
     peaks: list[float] = []
     with contextlib.ExitStack() as stack:
         processes, warm_up = {}, {}
-        for name in (OURS, *BASELINES):
-            processes[name] = stack.enter_context(contextlib.closing(OwnProcess(name, case)))
+        started = {name: OwnProcess(name, case) for name in (OURS, *BASELINES)}
+        if case == CASES[0]:
+            started |= {name: OwnProcess(plain, case, AVX2) for name, plain in ON_AVX2.items()}
+        for name, process in started.items():
+            processes[name] = stack.enter_context(contextlib.closing(process))
             warm_up[name] = processes[name].step()
             print(f"\n{case}: {name}: first step {warm_up[name]:.1f} s", end="", flush=True)
         for process in processes.values():
@@ -61,7 +64,7 @@ def test_beside_baselines(benchmark, case):
 
         def others():
             peaks.append(peak())
-            for name in BASELINES:
+            for name in list(processes)[1:]:
                 times[name].append(processes[name].step())
 
         benchmark.pedantic(ours, setup=others, rounds=ROUNDS)

@@ -1,9 +1,13 @@
-"""`python -m bench.train_step_table RESULTS.json`: the comparison of training steps as Markdown."""
+"""`python -m bench.train_step_table RESULTS.json`: the comparison of training steps as Markdown, in a file for each
+kind of processor: ``bench/results/train-step-KIND.md``."""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def table(results: dict) -> str:
@@ -20,8 +24,8 @@ def table(results: dict) -> str:
             "Each step has a process of its own and runs once a round, in turn. Images/s are medians over the "
             'rounds; "rsengine is" is the median of the ratios taken within each round, with their quartiles. "Of '
             "bf16\" is the rate of the network's multiply-adds (three times the forward pass) over that of a "
-            "2048x2048x2048 bfloat16 matrix product measured in the same rounds. The first step includes compiling and "
-            "tuning.",
+            "2048x2048x2048 bfloat16 matrix product measured in the same rounds, the best of ten in a row. The first "
+            "step includes compiling and tuning.",
         ]
     for case in cases:
         lines += [
@@ -43,6 +47,16 @@ def table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def kind(processor: dict) -> str:
+    """Vendor and instructions for bfloat16 of a processor as pytest-benchmark describes it, for a file's name."""
+    flags = set(processor.get("flags", ()))
+    vendor = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}.get(processor.get("vendor_id_raw", ""), "other")
+    known = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "bf16")
+    return "-".join([vendor, next((name for name in known if name in flags), "plain").replace("_", "-")])
+
+
 if __name__ == "__main__":
-    with open(sys.argv[1], encoding="utf-8") as file:
-        print(table(json.load(file)), end="")
+    results = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    path = RESULTS / f"train-step-{kind(results['machine_info']['cpu'])}.md"
+    path.write_text(table(results), encoding="utf-8")
+    print(path)

@@ -1,6 +1,6 @@
 """`python -m bench.speedrun.timm --data DATA --out FOLDER`: timm's resnetrs50, trained on the same pixels by the clock.
 
-The baseline of the speedrun, in its fastest form in bench/results/train-step.md: bfloat16
+The baseline of the speedrun, in its fastest form in bench/results/train-step-*.md: bfloat16
 autocast, channels_last and torch.compile. The recipe is the usual one of CIFAR-10: SGD with Nesterov momentum at 0.1
 for 128 images, weight decay 5e-4, one cycle that ends at 0, crop of 4 padded pixels, flip, label smoothing 0.1, and
 timm's EMA of the weights. Images go through torchvision's transforms in two workers.

@@ -1,8 +1,10 @@
 """The tables that benchmarks write, from made-up measurements."""
 
 import contextlib
+import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -14,7 +16,7 @@ from bench.scaling import AXES, DOCUMENT, Point, draw, measure, rows_of, text
 from bench.speedrun import pictures, runs
 from bench.speedrun import run as speedrun
 from bench.speedrun import table as speedrun_table
-from bench.train_step_table import table
+from bench.train_step_table import kind, table
 from rsengine.config import Recipe
 from rsengine.run.log import RunLog
 
@@ -62,6 +64,29 @@ def test_a_step_runs_in_its_own_process_and_says_that_it_ended():
         ours.process.kill()
         with pytest.raises(RuntimeError, match="rsengine: its process ended"):
             ours.step()
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "expected"),
+    [
+        ("GenuineIntel", ["avx2", "avx512f", "avx512_bf16", "amx_bf16"], "intel-amx-bf16"),
+        ("AuthenticAMD", ["avx2", "avx512f", "avx512_bf16"], "amd-avx512-bf16"),
+        ("AuthenticAMD", ["avx2"], "amd-avx2"),
+        ("", [], "other-plain"),
+    ],
+)
+def test_results_are_kept_by_kind_of_processor(vendor, flags, expected):
+    assert kind({"vendor_id_raw": vendor, "flags": flags}) == expected
+
+
+def test_a_process_has_the_variables_that_it_is_given(monkeypatch):
+    monkeypatch.setenv("RSENGINE_DATA", "given")
+    case = Case(26, stem_width=8, stem_stride=2, size=32, batch=2)
+    with contextlib.closing(OwnProcess(OURS, case, {"RSENGINE_DATA": None, "OMP_NUM_THREADS": "1"})) as ours:
+        ours.step()  # it is what it is started as
+        variables = Path(f"/proc/{ours.process.pid}/environ").read_bytes().split(b"\0")
+    assert b"OMP_NUM_THREADS=1" in variables and not any(each.startswith(b"RSENGINE_DATA") for each in variables)
+    assert os.environ["RSENGINE_DATA"] == "given"
 
 
 def test_steps_side_by_side():
