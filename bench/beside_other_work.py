@@ -13,11 +13,13 @@ import time
 
 from bench.baselines import Case
 from bench.own_process import OURS, OwnProcess
+from rsengine.processor import SPINS_ALONE, SPINS_BESIDE_OTHERS
 
 CASES = [Case(26, 32, 1, 32, 128), Case(50, 32, 2, 32, 128)]
 WAYS = {
     "OpenMP's default": {"GOMP_SPINCOUNT": "300000", "OMP_WAIT_POLICY": None},
-    "rsengine's": {"GOMP_SPINCOUNT": None, "OMP_WAIT_POLICY": None},
+    "rsengine's, begun alone": {"GOMP_SPINCOUNT": str(SPINS_ALONE), "OMP_WAIT_POLICY": None},
+    "rsengine's, begun beside others": {"GOMP_SPINCOUNT": str(SPINS_BESIDE_OTHERS), "OMP_WAIT_POLICY": None},
     "OMP_WAIT_POLICY=passive": {"GOMP_SPINCOUNT": None, "OMP_WAIT_POLICY": "passive"},
 }
 ROUNDS, SECONDS = 5, 3.0

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 LISTING, STATISTICS = Path("/proc/cpuinfo"), Path("/proc/stat")
+SPINS_ALONE, SPINS_BESIDE_OTHERS = 30_000, 4_000
 
 
 def listing() -> list[dict[str, str]]:
@@ -60,3 +61,17 @@ def is_busy(threads: int) -> str:
         return ""
     processes = "1 other process wants" if others == 1 else f"{others} other processes want"
     return f"the machine is busy: {processes} its {there} processors, so that all takes longer"
+
+
+def set_waiting() -> None:
+    """Say in the environment how often OpenMP's threads look for work before they sleep, where nobody else has.
+
+    By default they look 300,000 times. A step of two threads then takes five to seven times as long beside one busy
+    process, because threads that wait for each other use up whole time slices; the less they look, the less they lose
+    then, and the more it costs alone to wake them (``docs/performance.md``). On more than four cores nobody has
+    measured it.
+    """
+    cores = os.cpu_count() or 1
+    if cores <= 4 and "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
+        others = wanted_by_others(looks=3, pause=0.003)
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS_BESIDE_OTHERS if others else SPINS_ALONE)
