@@ -222,7 +222,7 @@ def _convolve(
     deviation = torch.rsqrt(sums.variance + eps)
     scale = layer.gamma.detach() * deviation
     affine = Affine(scale, layer.beta.detach() - sums.mean * scale, sums.mean, deviation, rows)
-    return _Made(x, packed, y, affine, layer.stride), sums
+    return _Made(x, packed._replace(tiles=None), y, affine, layer.stride), sums  # backward it is the other way round
 
 
 def _backward(made: _Made, before: Affine | None, g: Tensor, of_y: Gradient, *, wanted, **others):

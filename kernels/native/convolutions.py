@@ -39,8 +39,8 @@ class Packed(NamedTuple):
     outputs: int
     inputs: int
     kernel: int
-    tiles: Tensor
-    back: Tensor | None  # the other way round, for the gradient of the input
+    tiles: Tensor | None  # for the convolution
+    back: Tensor | None  # for the gradient of its input
 
     @property
     def taps(self) -> int:
