@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .library import call, load, number, run
-from .plans import plan
+from .plans import Plan, plan
 
 BLOCK = 32  # channels
 
@@ -93,25 +93,15 @@ def forward(
     x: Tensor, packed: Packed, stride: int, before: Affine | None, image_sums: bool = False
 ) -> tuple[Tensor, Sums]:
     """The convolution of x, or of ``relu(x * before.scale + before.shift)``, with padding ``kernel // 2``."""
-    images, _, height, width = x.shape
-    how = plan(height, width, packed.kernel, stride)
+    images, how = len(x), plan(*x.shape[2:], packed.kernel, stride)
     shape = images, packed.outputs, how.height, how.width
     y = torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last)
     mean, variance = (torch.empty(packed.outputs) for _ in range(2))
     sums = torch.empty(images, packed.outputs) if image_sums else None
     run(
         "convolution_forward",
-        x=x,
-        images=images,
-        sources=height * width,
-        inputs=packed.inputs,
-        scale=before.scale if before else None,
-        shift=before.shift if before else None,
+        **_arguments(x, packed, before, how),
         packed=packed.tiles,
-        taps=packed.taps,
-        plan=how.forward,
-        pixels=how.height * how.width,
-        outputs=packed.outputs,
         y=y,
         mean=mean,
         variance=variance,
@@ -161,20 +151,14 @@ def backward(
         add: what is added to the gradient of x where there is no batch norm before it, where it has ``add_bits``; a
             smaller map with ``spread``.
     """
-    images, _, height, width = x.shape
-    how = plan(height, width, packed.kernel, stride)
+    how = plan(*x.shape[2:], packed.kernel, stride)
     dx = torch.empty_like(x) if wants_input else None
     total, product = (torch.empty(packed.inputs) if wants_input and before else None for _ in range(2))
     shape = packed.outputs, packed.inputs, packed.kernel, packed.kernel
     dweight = torch.empty(shape, memory_format=torch.channels_last) if wants_weight else None
     run(
         "convolution_backward",
-        x=x,
-        images=images,
-        sources=height * width,
-        inputs=packed.inputs,
-        scale=before.scale if before else None,
-        shift=before.shift if before else None,
+        **_arguments(x, packed, before, how),
         mean=before.mean if before else None,
         g=g,
         a=y,
@@ -186,11 +170,7 @@ def backward(
         slope=of_y.slope,
         by_image=int(of_y.gain.dim() == 2),
         packed=packed.back,
-        taps=packed.taps,
-        plan=how.forward,
         back=how.back,
-        pixels=how.height * how.width,
-        outputs=packed.outputs,
         dx=dx,
         add=add,
         add_bits=add_bits,
@@ -202,6 +182,22 @@ def backward(
         dweight=dweight,
     )
     return InputGradient(dx, total, product), dweight
+
+
+def _arguments(x: Tensor, packed: Packed, before: Affine | None, how: Plan) -> dict[str, Tensor | int | None]:
+    """What both ways are told of a convolution."""
+    return {
+        "x": x,
+        "images": len(x),
+        "sources": x.shape[2] * x.shape[3],
+        "inputs": packed.inputs,
+        "scale": before.scale if before else None,
+        "shift": before.shift if before else None,
+        "taps": packed.taps,
+        "plan": how.forward,
+        "pixels": how.height * how.width,
+        "outputs": packed.outputs,
+    }
 
 
 def join(x: Tensor, gain: Tensor, offset: Tensor, shortcut: Tensor, affine: Affine | None) -> tuple[Tensor, Tensor]:
