@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
 
-LISTING, STATISTICS = Path("/proc/cpuinfo"), Path("/proc/stat")
+LISTING, STATISTICS, TASKS = Path("/proc/cpuinfo"), Path("/proc/stat"), Path("/proc/self/task")
 SPINS_ALONE, SPINS_BESIDE_OTHERS = 30_000, 4_000
 
 
@@ -50,8 +51,11 @@ def wanted_by_others(looks: int = 5, pause: float = 0.02) -> int:
 
 def _running() -> int:
     """How many threads of this process run now: this one, and those of loaders."""
-    states = (path.read_text().rpartition(")")[2].split()[0] for path in Path("/proc/self/task").glob("*/stat"))
-    return sum(state == "R" for state in states)
+    count = 0
+    for path in TASKS.glob("*/stat"):
+        with contextlib.suppress(OSError):  # a thread that has ended since it was listed
+            count += path.read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "R"
+    return count
 
 
 def is_busy(threads: int) -> str:

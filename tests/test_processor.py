@@ -95,6 +95,16 @@ def test_a_system_that_does_not_say_is_not_busy(monkeypatch, tmp_path):
     assert processor.wanted_by_others() == 0 and processor.is_busy(64) == ""
 
 
+def test_a_thread_that_ends_while_it_is_counted_does_not_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(processor, "TASKS", tmp_path)
+    for number, state in ((1, "R"), (2, "S")):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "stat").write_text(f"{number} (a name) R) {state} 1 1\n")
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "stat").symlink_to(tmp_path / "gone")
+    assert processor._running() == 1
+
+
 def test_a_busy_process_is_counted():
     """As the system itself counts: more with it than without, on a machine that other tests may use too."""
     if not processor.STATISTICS.exists():
