@@ -51,12 +51,12 @@ class Chain(torch.autograd.Function):
         total, product = convolutions.rectified_sums(g, made[-1].y, past)
         gradients = []
         for i in range(len(made) - 1, -1, -1):
-            wanted = ctx.needs_input_grad[4 + 3 * i : 7 + 3 * i]
             of_y = made[i].affine.gradient(total, product)
             vectors = product * made[i].affine.deviation, total
             before = made[i - 1].affine if i else None
             wants_input = i > 0 or ctx.needs_input_grad[0]
-            of_x, dweight = _backward(made[i], before, g, of_y, past=past, wants_input=wants_input, wanted=wanted)
+            wants = {"wants_input": wants_input, "wants_weight": ctx.needs_input_grad[4 + 3 * i]}
+            of_x, dweight = _backward(made[i], before, g, of_y, past=past, **wants)
             gradients[:0] = [dweight, *vectors]
             g, total, product, past = of_x.map, of_x.total, of_x.product, None
         return g, None, None, None, *gradients
@@ -98,16 +98,16 @@ class Bottleneck(torch.autograd.Function):
         )
         of_last, sums, products, excite = _gate_backward(gate, last, total, product)
         gradients = [None, products * last.affine.deviation, sums]
-        of_x, gradients[0] = _backward(last, made[1].affine, dy, of_last, bits=bits, wanted=wants[13:16])
+        of_x, gradients[0] = _backward(last, made[1].affine, dy, of_last, bits=bits, wants_weight=wants[13])
         for i in (1, 0):
             of_y = made[i].affine.gradient(of_x.total, of_x.product)
             vectors = of_x.product * made[i].affine.deviation, of_x.total
-            wanted, others = wants[7 + 3 * i : 10 + 3 * i], {}
+            others = {"wants_weight": wants[7 + 3 * i]}
             if i == 0:
-                side_gradients, others = _shortcut(ctx, side, x, dy, bits, total, side_product)
-                others["wants_input"] = wants[0]
+                side_gradients, shared = _shortcut(ctx, side, x, dy, bits, total, side_product)
+                others |= shared | {"wants_input": wants[0]}
             before = made[i - 1].affine if i else None
-            of_x, dweight = _backward(made[i], before, of_x.map, of_y, wanted=wanted, **others)
+            of_x, dweight = _backward(made[i], before, of_x.map, of_y, **others)
             gradients[:0] = [dweight, *vectors]
         return of_x.map, *[None] * 6, *gradients, *side_gradients, *excite
 
@@ -120,7 +120,7 @@ def _shortcut(ctx, side, x, dy, bits, total, product):
     wants = ctx.needs_input_grad
     total = total.sum(0)
     of_y = side.affine.gradient(total, product)
-    of_x, dweight = _backward(side, None, dy, of_y, bits=bits, wants_input=wants[0], wanted=wants[16:19])
+    of_x, dweight = _backward(side, None, dy, of_y, bits=bits, wants_input=wants[0], wants_weight=wants[16])
     others = {"add": of_x.map, "spread": _spread(*x.shape[2:], ctx.pool) if ctx.pool > 1 else None}
     return [dweight, product * side.affine.deviation, total], others
 
@@ -225,10 +225,8 @@ def _convolve(
     return _Made(x, packed._replace(tiles=None), y, affine, layer.stride), sums  # backward it is the other way round
 
 
-def _backward(made: _Made, before: Affine | None, g: Tensor, of_y: Gradient, *, wanted, **others):
-    return convolutions.backward(
-        made.x, made.packed, made.stride, before, g, made.y, of_y, wants_weight=wanted[0], **others
-    )
+def _backward(made: _Made, before: Affine | None, g: Tensor, of_y: Gradient, **others):
+    return convolutions.backward(made.x, made.packed, made.stride, before, g, made.y, of_y, **others)
 
 
 @functools.lru_cache(maxsize=64)

@@ -136,7 +136,6 @@ static inline void tiles_begin(void) {}
 static inline void tiles_end(void) {}
 #endif
 
-
 /* Without AMX: sum (8, 2 x 16) += rows (8, 32) times tiles l and r. */
 #define ADD_PRODUCTS(ROWS, STRIDE, L, R)                                                   \
     for (int p = 0; p < 16; p++) {                                                          \
