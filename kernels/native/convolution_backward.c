@@ -56,9 +56,7 @@ static inline void finish_backward(const float *c, int64_t rows, const int64_t *
                 v.low = _mm512_fmadd_ps(more.low, factor, v.low);
                 v.high = _mm512_fmadd_ps(more.high, factor, v.high);
             }
-            bf16 *to = dx + place[r] * channels + column;
-            _mm512_mask_storeu_epi16(to, mask, rounded(v));
-            __builtin_prefetch(to + BLOCK_ROWS * channels, 1);
+            stream32(dx + place[r] * channels + column, n, rounded(v));
         }
         return;
     }
@@ -75,8 +73,7 @@ static inline void finish_backward(const float *c, int64_t rows, const int64_t *
         total.high = _mm512_add_ps(total.high, g.high);
         product.low = _mm512_fmadd_ps(g.low, _mm512_sub_ps(x.low, mean.low), product.low);
         product.high = _mm512_fmadd_ps(g.high, _mm512_sub_ps(x.high, mean.high), product.high);
-        _mm512_mask_storeu_epi16(dx + at, mask, rounded(g));
-        __builtin_prefetch(dx + at + BLOCK_ROWS * channels, 1);
+        stream32(dx + at, n, rounded(g));
     }
     put32(d->total + column, n, total);
     put32(d->product + column, n, product);
@@ -119,8 +116,7 @@ static void put_weight(const float *c, int flip, int64_t m, int64_t j, int64_t t
             o = in, in = other, from = turned;
         }
         for (int64_t r = 0; r < 16 && o + r < outputs; r++)
-            _mm512_mask_storeu_ps(dweight + ((o + r) * taps + t) * inputs + in, mask16(inputs - in),
-                                  _mm512_load_ps(from + 16 * r));
+            stream16(dweight + ((o + r) * taps + t) * inputs + in, inputs - in, _mm512_load_ps(from + 16 * r));
     }
 }
 
@@ -392,6 +388,7 @@ void convolution_backward(const bf16 *x, int64_t images, int64_t sources, int64_
                     }
         }
         tiles_end();
+        streamed();
     }
     if (dx && scale)
         for (int64_t j = 0; j < inputs; j++) {

@@ -34,26 +34,32 @@ int64_t convolution_has_tiles(void) {
 void convolution_pack(const float *weight, int64_t outputs, int64_t taps, int64_t inputs, bf16 *packed, bf16 *back,
           int64_t threads) {
     const int64_t o_deep = ROUND_UP(outputs, SIDE) / SIDE, i_deep = ROUND_UP(inputs, SIDE) / SIDE;
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
-    for (int64_t o = 0; o < o_deep; o++)
-        for (int64_t t = 0; t < taps; t++)
-            for (int64_t i = 0; i < i_deep; i++) {
-                const float *at = weight + (o * SIDE * taps + t) * inputs + i * SIDE;
-                __m512i v[SIDE], w[16];
-                for (int64_t r = 0; r < SIDE; r++)
-                    v[r] = o * SIDE + r < outputs ? rounded(floats32(at + r * taps * inputs, inputs - i * SIDE))
-                                                  : _mm512_setzero_si512();
-                for (int64_t half = 0; half < 2; half++)
-                    transpose(v + 16 * half, packed + (((2 * o + half) * taps + t) * i_deep + i) * TILE);
-                if (!back) continue;
-                for (int64_t half = 0; half < 2; half++) {
-                    bf16 *tile = back + (((2 * i + half) * taps + t) * o_deep + o) * TILE;
-                    for (int64_t p = 0; p < 16; p++) {
-                        w[0] = pairs(v[2 * p], v[2 * p + 1], half);
-                        _mm512_store_si512(tile + 32 * p, w[0]);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for collapse(2) schedule(static) nowait
+        for (int64_t o = 0; o < o_deep; o++)
+            for (int64_t t = 0; t < taps; t++)
+                for (int64_t i = 0; i < i_deep; i++) {
+                    const float *at = weight + (o * SIDE * taps + t) * inputs + i * SIDE;
+                    __m512i v[SIDE];
+                    for (int64_t r = 0; r < SIDE; r++)
+                        v[r] = o * SIDE + r < outputs ? rounded(floats32(at + r * taps * inputs, inputs - i * SIDE))
+                                                      : _mm512_setzero_si512();
+                    for (int64_t half = 0; half < 2; half++) {
+                        bf16 tile[TILE] __attribute__((aligned(64)));
+                        transpose(v + 16 * half, tile);
+                        for (int64_t p = 0; p < TILE; p += 32)
+                            stream32(packed + (((2 * o + half) * taps + t) * i_deep + i) * TILE + p, 32,
+                                     _mm512_load_si512(tile + p));
+                    }
+                    if (!back) continue;
+                    for (int64_t half = 0; half < 2; half++) {
+                        bf16 *tile = back + (((2 * i + half) * taps + t) * o_deep + o) * TILE;
+                        for (int64_t p = 0; p < 16; p++) stream32(tile + 32 * p, 32, pairs(v[2 * p], v[2 * p + 1], half));
                     }
                 }
-            }
+        streamed();
+    }
 }
 
 typedef struct {
@@ -65,7 +71,6 @@ typedef struct {
 static inline void finish_forward(const float *c, int64_t rows, const int64_t *place, const int64_t *image, bf16 *y,
                                   int64_t channels, int64_t column, const statistics *s, int64_t count) {
     const int64_t n = channels - column;
-    const __mmask32 mask = mask32(n);
     pair total = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t r = 0; r < rows;) {
         int64_t end = rows;
@@ -77,9 +82,7 @@ static inline void finish_forward(const float *c, int64_t rows, const int64_t *p
             const pair v = {_mm512_loadu_ps(c + r * SIDE), _mm512_loadu_ps(c + r * SIDE + 16)};
             sum.low = _mm512_add_ps(sum.low, v.low);
             sum.high = _mm512_add_ps(sum.high, v.high);
-            bf16 *to = y + place[r] * channels + column;
-            _mm512_mask_storeu_epi16(to, mask, rounded(v));
-            __builtin_prefetch(to + BLOCK_ROWS * channels, 1); /* the next block's: the rows are far apart */
+            stream32(y + place[r] * channels + column, n, rounded(v));
         }
         total.low = _mm512_add_ps(total.low, sum.low);
         total.high = _mm512_add_ps(total.high, sum.high);
@@ -164,6 +167,7 @@ void convolution_forward(const bf16 *x, int64_t images, int64_t sources, int64_t
             }
         }
         tiles_end();
+        streamed();
         counts[me] = count;
     }
     int64_t count = 0;

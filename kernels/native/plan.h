@@ -96,19 +96,28 @@ static inline void left_sides(left_side *sides, const bf16 *from, const int32_t 
 /* Rows (count, channels) to (count, padded) through relu(x * scale + shift), or as they are without a scale. */
 static inline void normalise(const bf16 *x, int64_t count, int64_t channels, const float *scale, const float *shift, bf16 *out,
                       int64_t padded) {
-    for (int64_t r = 0; r < count; r++, x += channels, out += padded)
+    for (int64_t first = 0; first < count; first += PASS_ROWS) {
+        const int64_t end = least(first + PASS_ROWS, count);
         for (int64_t c = 0; c < channels; c += SIDE) {
             const int64_t n = channels - c;
+            const __mmask32 mask = mask32(n);
             if (!scale) {
-                _mm512_store_si512(out + c, _mm512_maskz_loadu_epi16(mask32(n), x + c));
+                for (int64_t r = first; r < end; r++) {
+                    __builtin_prefetch(x + (r + PASS_ROWS) * channels + c);
+                    _mm512_store_si512(out + r * padded + c, _mm512_maskz_loadu_epi16(mask, x + r * channels + c));
+                }
                 continue;
             }
             const pair a = floats32(scale + c, n), b = floats32(shift + c, n);
-            pair v = load32(x + c, mask32(n));
-            v.low = relu(_mm512_fmadd_ps(v.low, a.low, b.low));
-            v.high = relu(_mm512_fmadd_ps(v.high, a.high, b.high));
-            _mm512_store_si512(out + c, rounded(v));
+            for (int64_t r = first; r < end; r++) {
+                __builtin_prefetch(x + (r + PASS_ROWS) * channels + c);
+                pair v = load32(x + r * channels + c, mask);
+                v.low = relu(_mm512_fmadd_ps(v.low, a.low, b.low));
+                v.high = relu(_mm512_fmadd_ps(v.high, a.high, b.high));
+                _mm512_store_si512(out + r * padded + c, rounded(v));
+            }
         }
+    }
 }
 
 /* What images of a map look like to a convolution: bordered with a plan. out is zero where nothing is written. */
@@ -138,25 +147,32 @@ typedef struct {
 static inline void read_gradient(const gradient *d, int64_t image, int64_t row, int64_t count, int64_t channels, bf16 *out,
                           int64_t padded) {
     const int64_t words = (channels + SIDE - 1) / SIDE, vector = d->by_image ? image * channels : 0;
-    const bf16 *g_row = d->g + row * channels, *a_row = d->a + row * channels;
-    const uint32_t *bits = d->bits ? d->bits + row * words : NULL;
-    for (int64_t r = 0; r < count; r++, g_row += channels, a_row += channels, out += padded)
+    for (int64_t first = 0; first < count; first += PASS_ROWS) {
+        const int64_t end = least(first + PASS_ROWS, count);
         for (int64_t c = 0; c < channels; c += SIDE) {
             const int64_t n = channels - c;
-            const __mmask32 mask = mask32(n), counts = bits ? mask & *bits++ : mask;
+            const __mmask32 mask = mask32(n);
             const pair gain = floats32(d->gain + vector + c, n), offset = floats32(d->offset + vector + c, n);
             const pair slope = floats32(d->slope + c, n);
-            const pair a = load32(a_row + c, mask);
-            pair g = load32(g_row + c, counts), v;
-            if (d->past_scale) {
-                const pair s = floats32(d->past_scale + c, n), t = floats32(d->past_shift + c, n);
-                g.low = _mm512_maskz_mov_ps(passes(_mm512_fmadd_ps(a.low, s.low, t.low)), g.low);
-                g.high = _mm512_maskz_mov_ps(passes(_mm512_fmadd_ps(a.high, s.high, t.high)), g.high);
+            pair s = {}, t = {};
+            if (d->past_scale) s = floats32(d->past_scale + c, n), t = floats32(d->past_shift + c, n);
+            for (int64_t r = first; r < end; r++) {
+                const int64_t at = (row + r) * channels + c;
+                const __mmask32 counts = d->bits ? mask & d->bits[(row + r) * words + c / SIDE] : mask;
+                __builtin_prefetch(d->a + at + PASS_ROWS * channels);
+                __builtin_prefetch(d->g + at + PASS_ROWS * channels);
+                const pair a = load32(d->a + at, mask);
+                pair g = load32(d->g + at, counts), v;
+                if (d->past_scale) {
+                    g.low = _mm512_maskz_mov_ps(passes(_mm512_fmadd_ps(a.low, s.low, t.low)), g.low);
+                    g.high = _mm512_maskz_mov_ps(passes(_mm512_fmadd_ps(a.high, s.high, t.high)), g.high);
+                }
+                v.low = _mm512_fmadd_ps(g.low, gain.low, _mm512_fmadd_ps(a.low, slope.low, offset.low));
+                v.high = _mm512_fmadd_ps(g.high, gain.high, _mm512_fmadd_ps(a.high, slope.high, offset.high));
+                _mm512_store_si512(out + r * padded + c, rounded(v));
             }
-            v.low = _mm512_fmadd_ps(g.low, gain.low, _mm512_fmadd_ps(a.low, slope.low, offset.low));
-            v.high = _mm512_fmadd_ps(g.high, gain.high, _mm512_fmadd_ps(a.high, slope.high, offset.high));
-            _mm512_store_si512(out + c, rounded(v));
         }
+    }
 }
 
 static inline void read_gradients(const gradient *d, int64_t image, int64_t images, int64_t channels, const int32_t *plan,

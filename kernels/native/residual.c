@@ -10,27 +10,37 @@ void residual_join(const bf16 *a, const float *gain, const float *offset, const 
           const float *shift, int64_t images, int64_t pixels, int64_t channels, bf16 *y, uint32_t *bits,
           int64_t threads) {
     const int64_t words = (channels + SIDE - 1) / SIDE;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t r = 0; r < images * pixels; r++) {
-        const int64_t vector = r / pixels * channels, row = r * channels;
-        for (int64_t c = 0; c < channels; c += SIDE) {
-            const int64_t n = channels - c;
-            const __mmask32 mask = mask32(n);
-            const pair v = load32(a + row + c, mask), u = floats32(gain + vector + c, n);
-            const pair w = floats32(offset + vector + c, n);
-            pair s = load32(shortcut + row + c, mask);
-            if (scale) {
-                const pair p = floats32(scale + c, n), q = floats32(shift + c, n);
-                s.low = _mm512_fmadd_ps(s.low, p.low, q.low);
-                s.high = _mm512_fmadd_ps(s.high, p.high, q.high);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for collapse(2) schedule(static) nowait
+        for (int64_t i = 0; i < images; i++)
+            for (int64_t pixel = 0; pixel < pixels; pixel += PASS_ROWS) {
+                const int64_t first = i * pixels + pixel, end = i * pixels + least(pixel + PASS_ROWS, pixels);
+                for (int64_t c = 0; c < channels; c += SIDE) {
+                    const int64_t n = channels - c;
+                    const __mmask32 mask = mask32(n);
+                    const pair u = floats32(gain + i * channels + c, n), w = floats32(offset + i * channels + c, n);
+                    pair p = {}, q = {};
+                    if (scale) p = floats32(scale + c, n), q = floats32(shift + c, n);
+                    for (int64_t r = first; r < end; r++) {
+                        const int64_t at = r * channels + c;
+                        const pair v = load32(a + at, mask);
+                        pair s = load32(shortcut + at, mask);
+                        __builtin_prefetch(a + at + PASS_ROWS * channels);
+                        __builtin_prefetch(shortcut + at + PASS_ROWS * channels);
+                        if (scale) {
+                            s.low = _mm512_fmadd_ps(s.low, p.low, q.low);
+                            s.high = _mm512_fmadd_ps(s.high, p.high, q.high);
+                        }
+                        s.low = relu(_mm512_add_ps(s.low, _mm512_fmadd_ps(v.low, u.low, w.low)));
+                        s.high = relu(_mm512_add_ps(s.high, _mm512_fmadd_ps(v.high, u.high, w.high)));
+                        stream32(y + at, n, rounded(s));
+                        const uint32_t low = passes(s.low), high = passes(s.high);
+                        bits[r * words + c / SIDE] = (low | high << 16) & mask;
+                    }
+                }
             }
-            s.low = relu(_mm512_add_ps(s.low, _mm512_fmadd_ps(v.low, u.low, w.low)));
-            s.high = relu(_mm512_add_ps(s.high, _mm512_fmadd_ps(v.high, u.high, w.high)));
-            _mm512_mask_storeu_epi16(y + row + c, mask, rounded(s));
-            const uint32_t low = passes(s.low);
-            const uint32_t high = passes(s.high);
-            bits[r * words + c / SIDE] = (low | high << 16) & mask;
-        }
+        streamed();
     }
 }
 
@@ -50,26 +60,34 @@ void residual_sums(const bf16 *dy, const uint32_t *bits, const bf16 *a, const fl
         float *mine = parts + omp_get_thread_num() * padded;
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < images; i++)
-            for (int64_t r = i * pixels; r < (i + 1) * pixels; r++)
+            for (int64_t first = i * pixels; first < (i + 1) * pixels; first += PASS_ROWS) {
+                const int64_t end = least(first + PASS_ROWS, (i + 1) * pixels);
                 for (int64_t c = 0; c < channels; c += SIDE) {
                     const int64_t n = channels - c, at = i * channels + c;
                     const __mmask32 mask = mask32(n);
-                    const pair g = load32(dy + r * channels + c, mask & bits[r * words + c / SIDE]);
-                    const pair v = load32(a + r * channels + c, mask), m = floats32(mean + c, n);
-                    pair t = floats32(total + at, n), p = floats32(product + at, n);
-                    t.low = _mm512_add_ps(t.low, g.low);
-                    t.high = _mm512_add_ps(t.high, g.high);
-                    p.low = _mm512_fmadd_ps(g.low, _mm512_sub_ps(v.low, m.low), p.low);
-                    p.high = _mm512_fmadd_ps(g.high, _mm512_sub_ps(v.high, m.high), p.high);
+                    const pair m = floats32(mean + c, n);
+                    pair t = floats32(total + at, n), p = floats32(product + at, n), q = floats32(mine + c, SIDE), sm = {};
+                    if (shortcut) sm = floats32(shortcut_mean + c, n);
+                    for (int64_t r = first; r < end; r++) {
+                        const pair g = load32(dy + r * channels + c, mask & bits[r * words + c / SIDE]);
+                        const pair v = load32(a + r * channels + c, mask);
+                        __builtin_prefetch(dy + (r + PASS_ROWS) * channels + c);
+                        __builtin_prefetch(a + (r + PASS_ROWS) * channels + c);
+                        t.low = _mm512_add_ps(t.low, g.low);
+                        t.high = _mm512_add_ps(t.high, g.high);
+                        p.low = _mm512_fmadd_ps(g.low, _mm512_sub_ps(v.low, m.low), p.low);
+                        p.high = _mm512_fmadd_ps(g.high, _mm512_sub_ps(v.high, m.high), p.high);
+                        if (!shortcut) continue;
+                        __builtin_prefetch(shortcut + (r + PASS_ROWS) * channels + c);
+                        const pair s = load32(shortcut + r * channels + c, mask);
+                        q.low = _mm512_fmadd_ps(g.low, _mm512_sub_ps(s.low, sm.low), q.low);
+                        q.high = _mm512_fmadd_ps(g.high, _mm512_sub_ps(s.high, sm.high), q.high);
+                    }
                     put32(total + at, n, t);
                     put32(product + at, n, p);
-                    if (!shortcut) continue;
-                    const pair s = load32(shortcut + r * channels + c, mask), sm = floats32(shortcut_mean + c, n);
-                    pair q = floats32(mine + c, SIDE);
-                    q.low = _mm512_fmadd_ps(g.low, _mm512_sub_ps(s.low, sm.low), q.low);
-                    q.high = _mm512_fmadd_ps(g.high, _mm512_sub_ps(s.high, sm.high), q.high);
-                    put32(mine + c, SIDE, q);
+                    if (shortcut) put32(mine + c, SIDE, q);
                 }
+            }
     }
     if (shortcut)
         for (int64_t j = 0; j < channels; j++) {

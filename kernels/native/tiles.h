@@ -19,9 +19,12 @@ enum {
     TILE = 512,       /* bf16 in a tile of 16 rows of 32 */
     BLOCK_ROWS = 128, /* rows that share one sweep over the weights */
     MOST_TAPS = 9,
+    PASS_ROWS = 8,    /* rows of which a pass over maps takes 32 channels at a time, while it fetches the next */
 };
 
 #define ROUND_UP(n, m) (((n) + (m)-1) / (m) * (m))
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* --- memory of a thread, kept for the next call -------------------------------------------------------------------- */
 
@@ -74,6 +77,25 @@ static inline void put32(float *p, int64_t n, pair v) {
     _mm512_mask_storeu_ps(p, mask16(n), v.low);
     _mm512_mask_storeu_ps(p + 16, mask16(n - 16), v.high);
 }
+
+/* To memory, past the cache where they fill lines of it: maps and gradients are too large to be found there by whoever
+ * reads them, and to write a line in the cache is to read it first. See `streamed`. */
+static inline void stream32(bf16 *p, int64_t n, __m512i v) {
+    if (n >= 32 && (uintptr_t)p % 64 == 0)
+        _mm512_stream_si512((__m512i *)p, v);
+    else
+        _mm512_mask_storeu_epi16(p, mask32(n), v);
+}
+
+static inline void stream16(float *p, int64_t n, __m512 v) {
+    if (n >= 16 && (uintptr_t)p % 64 == 0)
+        _mm512_stream_ps(p, v);
+    else
+        _mm512_mask_storeu_ps(p, mask16(n), v);
+}
+
+/* Before other threads read what this one has streamed. */
+static inline void streamed(void) { _mm_sfence(); }
 
 /* NaN stays NaN: the maximum is its second operand then. */
 static inline __m512 relu(__m512 v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
