@@ -319,7 +319,7 @@ void convolution_backward(const bf16 *x, int64_t images, int64_t sources, int64_
     };
     const int64_t in_padded = p.in_deep * SIDE, out_padded = p.out_deep * SIDE, weights = taps * in_padded * out_padded;
     p.shared = dweight && weights > images * (pixels * out_padded + sources * in_padded);
-    p.together = p.shared ? images : (GRADIENT_ROWS + pixels - 1) / pixels;
+    p.together = p.shared ? images : chunk_of(images, pixels, GRADIENT_ROWS, threads);
     p.g_size = p.together * (back ? bordered(back) : pixels);
     p.x_size = p.together * (plan ? bordered(plan) : sources);
     p.flip = !plan && in_padded < out_padded;

@@ -120,7 +120,8 @@ void convolution_forward(const bf16 *x, int64_t images, int64_t sources, int64_t
              const bf16 *packed, int64_t taps, const int32_t *plan, int64_t pixels, int64_t outputs, bf16 *y,
              float *mean, float *variance, float *sums, int64_t threads) {
     const int64_t deep = ROUND_UP(inputs, SIDE) / SIDE, padded = deep * SIDE;
-    const int64_t together = (BLOCK_ROWS + pixels - 1) / pixels, chunks = (images + together - 1) / together;
+    const int64_t together = chunk_of(images, pixels, BLOCK_ROWS, threads);
+    const int64_t chunks = (images + together - 1) / together;
     const int64_t columns = ROUND_UP(outputs, SIDE), half = taps * deep * TILE;
     const int as_it_is = !plan && !scale && inputs == padded;
     float *parts = aligned_alloc(64, ROUND_UP(threads * 2 * columns * (int64_t)sizeof(float), 64));
