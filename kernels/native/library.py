@@ -135,8 +135,10 @@ def run(name: str, **arguments: Tensor | int | None) -> None:
     if arguments.keys() != parameters.keys():
         wrong = ", ".join(sorted(arguments.keys() ^ parameters.keys()))
         raise TypeError(f"{name}: expected {', '.join(parameters)}; missing or unknown: {wrong}")
-    converted = [_pointer(name, key, kind, arguments[key]) for key, kind in parameters.items()]
-    getattr(load()[0], name)(*converted)
+    function = getattr(load()[0], name)
+    if function.argtypes is None:
+        function.argtypes = [ctypes.c_void_p if dtype else ctypes.c_int64 for dtype in parameters.values()]
+    function(*[_argument(name, key, dtype, arguments[key]) for key, dtype in parameters.items()])
 
 
 def number(name: str) -> int:
@@ -147,27 +149,26 @@ def number(name: str) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def _parameters() -> dict[str, dict[str, str]]:
-    """Of each function, its parameters and their types, with a star for a pointer, read from the source."""
+def _parameters() -> dict[str, dict[str, torch.dtype | None]]:
+    """Of each function, its parameters and what they point to, or ``None`` for a number, read from the source."""
     text = "".join(source.read_text(encoding="utf-8") for source in SOURCES if source.suffix == ".c")
     parameter = re.compile(r"(?:const )?(\w+) (\*?)(\w+)$")
     found = {}
     for name, parameters in re.findall(r"^void (\w+)\(([^)]*)\) {", text, re.MULTILINE):
         matches = [parameter.match(" ".join(each.split())) for each in parameters.split(",")]
-        found[name] = {match[3]: match[1] + match[2] for match in matches}
+        found[name] = {match[3]: DTYPES[match[1]] if match[2] else None for match in matches}
     return found
 
 
-def _pointer(name: str, parameter: str, kind: str, value: Tensor | int | None) -> ctypes.c_void_p | ctypes.c_int64:
-    if not kind.endswith("*"):
+def _argument(name: str, parameter: str, dtype: torch.dtype | None, value: Tensor | int | None) -> int | None:
+    if dtype is None:
         if type(value) is not int or not 0 <= value < 2**62:
             raise TypeError(f"{name}: {parameter}: expected a whole number; got {value!r}")
-        return ctypes.c_int64(value)
+        return value
     if value is None:
-        return ctypes.c_void_p(None)
-    dtype = DTYPES[kind[:-1]]
-    layout = torch.channels_last if isinstance(value, Tensor) and value.dim() == 4 else torch.contiguous_format
-    fits = isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided
-    if not fits or value.dtype != dtype or not value.is_contiguous(memory_format=layout):
+        return None
+    fits = isinstance(value, Tensor) and value.dtype is dtype and value.is_cpu and value.layout is torch.strided
+    layout = torch.channels_last if fits and value.dim() == 4 else torch.contiguous_format
+    if not fits or not value.is_contiguous(memory_format=layout):
         raise TypeError(f"{name}: {parameter}: expected dense {dtype} on the CPU; got {_description(value)}")
-    return ctypes.c_void_p(value.data_ptr())
+    return value.data_ptr()
