@@ -3,14 +3,18 @@ them: how the C library allocates memory is one setting for a whole process, and
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
+import torch
+
 from bench.baselines import BASELINES, Case, rsengine_step
 from bench.measure import seconds
+from rsengine.waiting import beside_others
 
 OURS = "rsengine"
 SETTLE_SECONDS = 0.02  # the threads of the previous step spin for a few milliseconds before they sleep
@@ -21,13 +25,16 @@ class OwnProcess:
 
     Args:
         environment: variables of the process, in place of this one's; ``None`` for one that it does not have.
+        watches: whether threads wait as in a run, where the turns of other processes are other work.
     """
 
-    def __init__(self, name: str, case: Case, environment: Mapping[str, str | None] | None = None) -> None:
+    def __init__(
+        self, name: str, case: Case, environment: Mapping[str, str | None] | None = None, watches: bool = False
+    ) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, name, case))
+        self.process = context.Process(target=_serve, args=(theirs, name, case, watches))
         before = dict(os.environ)
         for variable, value in (environment or {}).items():
             os.environ.pop(variable, None)
@@ -56,10 +63,9 @@ class OwnProcess:
         self.process.join()
 
 
-def _serve(pipe: Connection, name: str, case: Case) -> None:
+def _serve(pipe: Connection, name: str, case: Case, watches: bool) -> None:
     run = rsengine_step(case)[0] if name == OURS else BASELINES[name](case)
-    try:
+    waits = beside_others(torch.get_num_threads()) if watches else contextlib.nullcontext()
+    with waits, contextlib.suppress(EOFError):  # closed at the other end: done
         while pipe.recv():
             pipe.send(seconds(run))
-    except EOFError:
-        return  # closed at the other end: done

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 LISTING, STATISTICS, TASKS = Path("/proc/cpuinfo"), Path("/proc/stat"), Path("/proc/self/task")
-SPINS_ALONE, SPINS_BESIDE_OTHERS = 30_000, 4_000
 
 
 def listing() -> list[dict[str, str]]:
@@ -67,15 +66,25 @@ def is_busy(threads: int) -> str:
     return f"the machine is busy: {processes} its {there} processors, so that all takes longer"
 
 
-def set_waiting() -> None:
-    """Say in the environment how often OpenMP's threads look for work before they sleep, where nobody else has.
+class OtherWork:
+    """How many processors other processes have used since it was asked last, on average: a part of one, too."""
 
-    By default they look 300,000 times. A step of two threads then takes five to seven times as long beside one busy
-    process, because threads that wait for each other use up whole time slices; the less they look, the less they lose
-    then, and the more it costs alone to wake them (``docs/performance.md``). On more than four cores nobody has
-    measured it.
-    """
-    cores = os.cpu_count() or 1
-    if cores <= 4 and "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
-        others = wanted_by_others(looks=3, pause=0.003)
-        os.environ["GOMP_SPINCOUNT"] = str(SPINS_BESIDE_OTHERS if others else SPINS_ALONE)
+    def __init__(self) -> None:
+        self.last = self._now()
+
+    def used(self) -> float:
+        """0 if the system does not say."""
+        (then, all_then, own_then), self.last = self.last, self._now()
+        now, all_now, own_now = self.last
+        return max(all_now - all_then - (own_now - own_then), 0.0) / max(now - then, 1e-9)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """The time, and how long all processes, and this one, have computed so far, in seconds."""
+        try:
+            fields = STATISTICS.read_text(encoding="utf-8").split(maxsplit=8)[1:8]
+        except OSError:
+            return time.monotonic(), 0.0, time.process_time()
+        user, nice, system, _, _, interrupts, more_interrupts = map(int, fields)  # between them idle, and on disks
+        ticks = user + nice + system + interrupts + more_interrupts
+        return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()

@@ -43,6 +43,7 @@ from rsengine.run.records import write_records
 from rsengine.run.same_data import data_of
 from rsengine.track import check_trackers, open_tracking
 from rsengine.trainer import Trainer
+from rsengine.waiting import beside_others
 
 say_aloud = speaker(quiet=False, json=False)
 
@@ -211,7 +212,8 @@ def _train(request: Request, say: Callable[[str], None], held: contextlib.ExitSt
 
     resume = resume_command(request, out, ranks)
     announce(trainer, dataset, explain_step(execution, request.graph, request.compile), say)
-    with compile_errors() if request.compile else contextlib.nullcontext():
+    threads = execution.threads if execution.device.type == "cpu" else 1
+    with compile_errors() if request.compile else contextlib.nullcontext(), beside_others(threads):
         stopped = trainer.run()
     if stopped:  # printed first, and without an evaluation: whoever stops a run should not have to wait
         where = f"step {trainer.steps_done} of {trainer.total_steps}"

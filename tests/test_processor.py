@@ -1,6 +1,5 @@
 """What is read of the processors, from listings of several kinds; and who reads it."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -118,33 +117,27 @@ def test_a_busy_process_is_counted():
     assert found >= 1
 
 
-@pytest.mark.parametrize(
-    ("cores", "counts", "given", "expected"),
-    [
-        (2, (1, 1, 1), {}, "30000"),
-        (4, (3, 1, 2), {}, "30000"),  # something short
-        (2, (2, 3, 2), {}, "4000"),
-        (5, (1, 1, 1), {}, None),
-        (2, (1, 1, 1), {"GOMP_SPINCOUNT": "7"}, "7"),
-        (2, (1, 1, 1), {"OMP_WAIT_POLICY": "active"}, None),
-    ],
-)
-def test_how_long_threads_look_before_they_sleep(running, monkeypatch, cores, counts, given, expected):
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    running(*counts)
-    monkeypatch.setattr(processor.os, "cpu_count", lambda: cores)
-    processor.set_waiting()
-    assert os.environ.get("GOMP_SPINCOUNT") == expected
-    os.environ.pop("GOMP_SPINCOUNT", None)
+def test_the_time_that_others_compute_is_what_all_do_without_this_process(monkeypatch, tmp_path):
+    file, clock = tmp_path / "stat", {"monotonic": 10.0, "process_time": 3.0}
+    monkeypatch.setattr(processor, "STATISTICS", file)
+    monkeypatch.setattr(processor.os, "sysconf", {"SC_CLK_TCK": 100}.__getitem__)
+    for name in clock:
+        monkeypatch.setattr(processor.time, name, lambda name=name: clock[name])
+    file.write_text("cpu  1000 10 200 5000 70 3 4 9 0 0\ncpu0 1 2 3\n")
+    others = processor.OtherWork()
+    file.write_text("cpu  1300 20 280 6000 99 8 9 99 0 0\ncpu0 1 2 3\n")  # 4 s of computing, 10 of idleness
+    clock |= {"monotonic": 12.0, "process_time": 4.0}
+    assert others.used() == pytest.approx(1.5)
+    clock |= {"monotonic": 13.0}
+    assert others.used() == 0  # since then nobody has
+    monkeypatch.setattr(processor, "STATISTICS", tmp_path / "none")
+    assert processor.OtherWork().used() == 0
 
 
-def test_it_is_said_before_pytorch_is_imported():
-    plain = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    code = "import os, sys; os.cpu_count = lambda: 2; import rsengine; "
-    code += "print(os.environ.get('GOMP_SPINCOUNT'), *sys.modules)"
-    said = subprocess.run([sys.executable, "-c", code], env=plain, capture_output=True, text=True, check=True)
-    count, *modules = said.stdout.split()
-    assert count in ("4000", "30000") and "rsengine" in modules and "torch" not in modules
+def test_a_process_that_computes_is_other_work():
+    if not processor.STATISTICS.exists():
+        pytest.skip("the system does not say what processes have computed")
+    others = processor.OtherWork()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True)
+    begun, used = others.last[0], others.used()
+    assert used * (others.last[0] - begun) > 0.25

@@ -1,0 +1,89 @@
+"""How the threads of OpenMP, with which PyTorch and the C passes compute, wait for each other.
+
+A thread that has no work looks for some many times before it sleeps. Alone that is fastest: to be woken takes longer.
+Beside other work it is slow, because a thread that only waits keeps a processor from one that has work to do. GNU's
+OpenMP looks much less often while it has more threads than there are processors, so beside other work rsengine gives
+it some that sleep. What is computed does not depend on any of this (``docs/performance.md``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+
+from rsengine.processor import OtherWork
+
+LOOKS = 30_000  # of OpenMP's default of 300,000, of which few are in vain in the first milliseconds
+MOST_CORES = 4  # on more nobody has measured it
+PERIOD = 1.0  # seconds from one look at the machine to the next
+IN_THE_WAY = 0.3  # of a processor, used by others where there is none to spare
+CALM = 3  # looks in a row that find no other work, after which it has ended
+
+
+def set_waiting() -> None:
+    """Say in the environment how often threads look for work, where nobody else has. PyTorch's OpenMP reads it once."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    if (os.cpu_count() or 1) <= MOST_CORES and not any(name in os.environ for name in names):
+        os.environ["GOMP_SPINCOUNT"] = str(LOOKS)
+
+
+@contextlib.contextmanager
+def beside_others(threads: int) -> Iterator[None]:
+    """Let ``threads`` threads that compute wait as suits the machine, alone or beside other work, until the end.
+
+    Nothing is done for one thread, where the user has said in the environment how threads wait, and without the C
+    passes.
+    """
+    if threads < 2 or not _is_ours() or not _can_shorten():
+        yield
+        return
+    ended = threading.Event()
+    watch = threading.Thread(target=_watch, args=(threads, ended), name="waiting", daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watch.join()
+
+
+def _is_ours() -> bool:
+    return os.environ.get("GOMP_SPINCOUNT") == str(LOOKS) and "OMP_WAIT_POLICY" not in os.environ
+
+
+def _can_shorten() -> bool:
+    from rsengine.kernels.native.library import load
+
+    return load()[0] is not None
+
+
+def _watch(threads: int, ended: threading.Event) -> None:
+    calm, short, others = 0, None, OtherWork()
+    while not ended.wait(PERIOD):
+        calm = 0 if others.used() + threads > (os.cpu_count() or 1) + IN_THE_WAY else calm + 1
+        if short is None and not calm:
+            short = _Short(threads)
+        elif short is not None and calm == CALM:
+            short = short.end()
+    if short is not None:
+        short.end()
+
+
+class _Short:
+    """While it lasts, threads that wait sleep almost at once."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        from rsengine.kernels.native.library import run
+
+        self.ended = torch.zeros(1, dtype=torch.int32)
+        arguments = {"computing": threads, "ended": self.ended}
+        self.holder = threading.Thread(target=run, args=("waiting_shorten",), kwargs=arguments, daemon=True)
+        self.holder.start()
+
+    def end(self) -> None:
+        self.ended.fill_(1)
+        self.holder.join()
