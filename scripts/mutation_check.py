@@ -27,6 +27,7 @@ SE_TESTS, CE_TESTS, EMA_TESTS = (
 COMPILE_TESTS = "tests/kernels/proof/test_compile.py"
 BN, PASSES = "kernels/batch_normalization.py", "kernels/native/passes.h"
 BN_TESTS = "tests/kernels/test_batch_normalization.py"
+CONVOLUTION_TESTS = "tests/kernels/test_convolutions.py"  # skipped where the processor cannot run what they test
 
 # By file and the tests that must notice: what is wrong, the code as it is, the faulty code.
 FAULTS = {
@@ -41,6 +42,52 @@ FAULTS = {
     ],
     ("kernels/native/passes.c", BN_TESTS): [
         ("batch norm: bfloat16 by truncation", "bits + 0x7fff + ((bits >> 16) & 1)", "bits"),
+    ],
+    ("kernels/native/convolution_forward.c", CONVOLUTION_TESTS): [
+        (
+            "convolution: the statistics of blocks are not joined",
+            "_mm512_fmadd_ps(_mm512_mul_ps(low, low), weight, squares.low)",
+            "squares.low",
+        ),
+        ("convolution: those of threads are not joined", "their_squares[j] + d * d * weight", "their_squares[j]"),
+    ],
+    ("kernels/native/plan.h", CONVOLUTION_TESTS): [
+        (
+            "convolution: what is read is not rectified",
+            "v.low = relu(_mm512_fmadd_ps(v.low, a.low, b.low))",
+            "v.low = _mm512_fmadd_ps(v.low, a.low, b.low)",
+        ),
+        ("convolution: the variance has no gradient", "_mm512_fmadd_ps(a.low, slope.low, offset.low)", "offset.low"),
+        (
+            "convolution: the gradient passes the ReLU after it",
+            "mask & d->bits[(row + r) * words + c / SIDE]",
+            "mask",
+        ),
+    ],
+    ("kernels/native/convolution_backward.c", CONVOLUTION_TESTS): [
+        ("convolution: a chunk that is not full adds the one before", "if (n < p.together) {", "if (0) {"),
+        ("convolution: the sum is not about the mean", "_mm512_sub_ps(x.low, mean.low)", "x.low"),
+        (
+            "convolution: the shortcut's gradient is not shared out",
+            "_mm512_fmadd_ps(more.low, factor, v.low)",
+            "_mm512_add_ps(more.low, v.low)",
+        ),
+    ],
+    ("kernels/native/weight_gradient.h", CONVOLUTION_TESTS): [
+        (
+            "convolution: pixels that are not there are the first",
+            "(inside ? place : p->x_size)",
+            "(inside ? place : 0)",
+        ),
+    ],
+    ("kernels/native/residual.c", CONVOLUTION_TESTS): [
+        (
+            "convolution: the shortcut's batch norm is left out",
+            "s.low = _mm512_fmadd_ps(s.low, p.low, q.low);",
+            "",
+        ),
+        ("convolution: an image's sum is not about the mean", "_mm512_sub_ps(v.low, m.low)", "v.low"),
+        ("convolution: nor is the shortcut's", "_mm512_sub_ps(s.low, sm.low)", "s.low"),
     ],
     (BN, BN_TESTS): [("batch norm: the running variance is biased", "variance * (rows / (rows - 1))", "variance")],
     ("kernels/block_epilogue.py", BN_TESTS): [
