@@ -130,9 +130,10 @@ void convolution_backward(const bf16 *x, int64_t images, int64_t sources, int64_
     memset(parts, 0, threads * 2 * in_padded * sizeof(float));
     const float *sums[threads];
     int64_t begun[threads];
+    memset(begun, 0, sizeof begun);
 #pragma omp parallel num_threads(threads)
     {
-        const int me = omp_get_thread_num();
+        const int me = omp_get_thread_num(), team = omp_get_num_threads(); /* which may be fewer than `threads` */
         const destination to = {x, scale, shift, mean, add, add_bits, add_source, add_factor, add_pixels, sources,
                                 parts + 2 * me * in_padded, parts + (2 * me + 1) * in_padded};
         bf16 *copy = dx ? scratch(LEFT, BLOCK_ROWS * MOST_TAPS * out_padded * sizeof(bf16)) : NULL;
@@ -142,12 +143,11 @@ void convolution_backward(const bf16 *x, int64_t images, int64_t sources, int64_
         bf16 *panel = dweight ? scratch(PANEL, 2 * p.most_steps * TILE * sizeof(bf16)) : NULL;
         float *mine = dweight && !p.shared ? scratch(WEIGHT, weights * sizeof(float)) : NULL;
         sums[me] = mine;
-        begun[me] = 0;
         tiles_begin();
-        for (int64_t chunk = chunks * me / threads; chunk < chunks * (me + 1) / threads; chunk++) {
+        for (int64_t chunk = chunks * me / team; chunk < chunks * (me + 1) / team; chunk++) {
             const int64_t i = chunk * per_chunk, n = images - i < per_chunk ? images - i : per_chunk;
-            const int64_t here = p.shared ? i : 0, g_rows = p.g_size / p.together, x_rows = p.x_size / p.together;
             if (n <= 0) continue;
+            const int64_t here = p.shared ? i : 0, g_rows = p.g_size / p.together, x_rows = p.x_size / p.together;
             bf16 *my_gradients = gradients + here * g_rows * out_padded;
             read_gradients(&p.source, i, n, outputs, back, pixels, my_gradients, out_padded);
             if (dweight)

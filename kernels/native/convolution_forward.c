@@ -126,12 +126,13 @@ void convolution_forward(const bf16 *x, int64_t images, int64_t sources, int64_t
     const int as_it_is = !plan && !scale && inputs == padded;
     float *parts = aligned_alloc(64, ROUND_UP(threads * 2 * columns * (int64_t)sizeof(float), 64));
     int64_t counts[threads];
+    if (!parts) abort();
     memset(counts, 0, sizeof counts);
     memset(parts, 0, threads * 2 * columns * sizeof(float));
     if (sums) memset(sums, 0, images * outputs * sizeof(float));
 #pragma omp parallel num_threads(threads)
     {
-        const int me = omp_get_thread_num();
+        const int me = omp_get_thread_num(), team = omp_get_num_threads(); /* which may be fewer than `threads` */
         const statistics mine = {parts + 2 * me * columns, parts + (2 * me + 1) * columns, sums};
         bf16 *copy = scratch(LEFT, BLOCK_ROWS * MOST_TAPS * padded * sizeof(bf16));
         bf16 *read = as_it_is ? NULL : zeros(INPUT, together * (plan ? bordered(plan) : sources) * padded);
@@ -140,7 +141,7 @@ void convolution_forward(const bf16 *x, int64_t images, int64_t sources, int64_t
         float c[SIDE * SIDE] __attribute__((aligned(64)));
         int64_t count = 0;
         tiles_begin();
-        for (int64_t chunk = chunks * me / threads; chunk < chunks * (me + 1) / threads; chunk++) {
+        for (int64_t chunk = chunks * me / team; chunk < chunks * (me + 1) / team; chunk++) {
             const int64_t i = chunk * together, n = images - i < together ? images - i : together;
             const bf16 *from = x + i * sources * inputs;
             if (!as_it_is) {

@@ -29,8 +29,7 @@ static inline const int32_t *read_group(const int32_t *plan, group *c) {
     return c->source + c->pixels * c->taps;
 }
 
-/* Images of a chunk, of at least `rows` pixels where there are so many, and such that each thread has as many chunks as
- * the others. */
+/* Images of a chunk: the fewest that have `rows` pixels, or less, so that each thread has as many chunks as the others. */
 static inline int64_t chunk_of(int64_t images, int64_t pixels, int64_t rows, int64_t threads) {
     const int64_t together = (rows + pixels - 1) / pixels, chunks = ROUND_UP((images + together - 1) / together, threads);
     return images ? (images + chunks - 1) / chunks : 1;

@@ -5,7 +5,7 @@
 #include "plan.h"
 
 enum {
-    GRADIENT_ROWS = 256, /* of a chunk of images, at least */
+    GRADIENT_ROWS = 256, /* of a chunk of images: see `chunk_of` */
     RUN_STEPS = 8,       /* of 32 rows: what the products of a weight's gradient sweep over stays in the L1 cache */
 };
 

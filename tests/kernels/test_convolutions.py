@@ -241,3 +241,27 @@ def test_without_tiles_it_computes_the_same(tmp_path):
     code = "from rsengine.kernels import explain; print(explain('bottleneck', 'cpu'))"
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
     assert said.startswith("bottleneck: eager on cpu, because the processor has AVX512_BF16 and no AMX")
+
+
+@pytest.mark.parametrize("inputs", [32, 512], ids=["chunks of each thread", "a chunk shared by all"])
+def test_fewer_threads_than_asked_for_compute_the_same(inputs):
+    """As OpenMP may give, for a limit or for the load of the machine."""
+    code = f"""
+import torch
+from rsengine.kernels.bottleneck import conv_batch_norm_relu
+from rsengine.kernels.conv_norm import ConvNorm
+torch.manual_seed(0)
+x, weight = torch.randn(40, {inputs}, 2, 2).requires_grad_(), torch.randn(512, {inputs}, 1, 1).requires_grad_()
+layer = ConvNorm(weight, *(torch.rand(512).requires_grad_() for _ in range(2)), torch.zeros(512), torch.ones(512))
+results = []
+for threads in (1, 3):
+    torch.set_num_threads(threads)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv_batch_norm_relu(x, [layer], impl="native")
+    results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *layer[:3]])])
+for one, other in zip(*results, strict=True):
+    torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2 * one.abs().max().item())
+"""
+    environment = os.environ | {"OMP_THREAD_LIMIT": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
