@@ -51,9 +51,11 @@ def main() -> None:
                 work(process, FORGOTTEN)  # the others' turns, too, are other work
                 alone[name].append(rate(process, case.batch))
                 with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
-                    work(process, NOTICED)
-                    beside[name].append(rate(process, case.batch))
-                    busy.kill()
+                    try:
+                        work(process, NOTICED)
+                        beside[name].append(rate(process, case.batch))
+                    finally:
+                        busy.kill()
         for name, process in processes.items():
             first, second = statistics.median(alone[name]), statistics.median(beside[name])
             print(f"| {case} | {name} | {first:.0f} | {second:.0f} | {second / first:.2f} |", flush=True)

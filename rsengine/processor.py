@@ -67,7 +67,7 @@ def is_busy(threads: int) -> str:
 
 
 class OtherWork:
-    """How many processors other processes have used since it was asked last, on average: a part of one, too."""
+    """How many of the processors that this process may use others have used since it was asked last, on average."""
 
     def __init__(self) -> None:
         self.last = self._now()
@@ -81,10 +81,13 @@ class OtherWork:
     @staticmethod
     def _now() -> tuple[float, float, float]:
         """The time, and how long all processes, and this one, have computed so far, in seconds."""
-        try:
-            fields = STATISTICS.read_text(encoding="utf-8").split(maxsplit=8)[1:8]
-        except OSError:
-            return time.monotonic(), 0.0, time.process_time()
-        user, nice, system, _, _, interrupts, more_interrupts = map(int, fields)  # between them idle, and on disks
-        ticks = user + nice + system + interrupts + more_interrupts
-        return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+        usable, ticks = {f"cpu{number}" for number in usable_cpus()}, 0
+        with contextlib.suppress(OSError, ValueError):
+            for line in STATISTICS.read_text(encoding="utf-8").splitlines():
+                name, *fields = line.split()
+                if name in usable:
+                    user, nice, system, _idle, _on_disks, interrupts, more_interrupts = map(
+                        int, fields[:7]
+                    )  # and idle, and on disks
+                    ticks += user + nice + system + interrupts + more_interrupts
+        return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0, time.process_time()

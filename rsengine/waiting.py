@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Iterator
 
-from rsengine.processor import OtherWork
+from rsengine.processor import OtherWork, usable_cpus
 
 LOOKS = 30_000  # of OpenMP's default of 300,000, of which few are in vain in the first milliseconds
 MOST_CORES = 4  # on more nobody has measured it
@@ -41,12 +41,13 @@ def beside_others(threads: int) -> Iterator[None]:
         return
     ended = threading.Event()
     watch = threading.Thread(target=_watch, args=(threads, ended), name="waiting", daemon=True)
-    watch.start()
+    watches = _started(watch)
     try:
         yield
     finally:
         ended.set()
-        watch.join()
+        if watches:
+            watch.join()
 
 
 def _is_ours() -> bool:
@@ -59,16 +60,27 @@ def _can_shorten() -> bool:
     return load()[0] is not None
 
 
+def _started(thread: threading.Thread) -> bool:
+    """Whether the system lets it begin. Without it threads wait as before, and the run goes on."""
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    return True
+
+
 def _watch(threads: int, ended: threading.Event) -> None:
     calm, short, others = 0, None, OtherWork()
-    while not ended.wait(PERIOD):
-        calm = 0 if others.used() + threads > (os.cpu_count() or 1) + IN_THE_WAY else calm + 1
-        if short is None and not calm:
-            short = _Short(threads)
-        elif short is not None and calm == CALM:
-            short = short.end()
-    if short is not None:
-        short.end()
+    try:
+        while not ended.wait(PERIOD):
+            calm = 0 if others.used() + threads > len(usable_cpus()) + IN_THE_WAY else calm + 1
+            if short is None and not calm:
+                short = _Short(threads)
+            elif short is not None and calm == CALM:
+                short = short.end()
+    finally:
+        if short is not None:
+            short.end()
 
 
 class _Short:
@@ -82,8 +94,9 @@ class _Short:
         self.ended = torch.zeros(1, dtype=torch.int32)
         arguments = {"computing": threads, "ended": self.ended}
         self.holder = threading.Thread(target=run, args=("waiting_shorten",), kwargs=arguments, daemon=True)
-        self.holder.start()
+        self.lasts = _started(self.holder)
 
     def end(self) -> None:
         self.ended.fill_(1)
-        self.holder.join()
+        if self.lasts:
+            self.holder.join()

@@ -2,16 +2,29 @@
 
 #define _DEFAULT_SOURCE /* usleep */
 #include <omp.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <unistd.h>
 
-enum { NAP = 20000 }; /* microseconds */
+enum { NAP = 20000, MOST_MORE = 64 }; /* microseconds; threads */
+
+static void *nothing(void *unused) { return unused; }
+
+/* Whether the system lets this process have so many more threads. OpenMP would end the process where it does not. */
+static int can_have(int64_t more) {
+    pthread_t started[MOST_MORE];
+    int64_t count = 0;
+    while (count < more && !pthread_create(&started[count], NULL, nothing, NULL)) count++;
+    for (int64_t i = 0; i < count; i++) pthread_join(started[i], NULL);
+    return count == more;
+}
 
 /* Until *ended, besides the team of `computing` threads, one of so many that sleep that there are more threads than
- * processors. threads: not used. */
+ * processors, of which OpenMP counts all that the process had when it was loaded. threads: not used. */
 void waiting_shorten(int64_t computing, const int32_t *ended, int64_t threads) {
-    const int64_t more = omp_get_num_procs() - computing + 2;
+    const int64_t lacking = sysconf(_SC_NPROCESSORS_ONLN) - computing + 2, team = lacking < 2 ? 2 : lacking;
     (void)threads;
-#pragma omp parallel num_threads(more < 2 ? 2 : more)
+    if (team > MOST_MORE || !can_have(team)) return;
+#pragma omp parallel num_threads(team)
     while (!__atomic_load_n(ended, __ATOMIC_ACQUIRE)) usleep(NAP);
 }
