@@ -86,8 +86,5 @@ class OtherWork:
             for line in STATISTICS.read_text(encoding="utf-8").splitlines():
                 name, *fields = line.split()
                 if name in usable:
-                    user, nice, system, _idle, _on_disks, interrupts, more_interrupts = map(
-                        int, fields[:7]
-                    )  # and idle, and on disks
-                    ticks += user + nice + system + interrupts + more_interrupts
+                    ticks += sum(int(fields[i]) for i in (0, 1, 2, 5, 6))  # user, nice, system, two of interrupts
         return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0, time.process_time()
