@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -80,8 +79,8 @@ class Bottleneck(torch.autograd.Function):
             made.append(_convolve(read, layers[3], None, momentum, eps, True)[0])
             other, affine = made[3].y, made[3].affine
         last = made[2]
-        gate = _gate(last, sums.images, layers[2].beta.detach(), squeeze_excite, keep_scale)
-        y, bits = convolutions.join(last.y, gate.kept * last.affine.scale, gate.kept * last.affine.shift, other, affine)
+        gate, gain, offset = _gate(last, sums.images, layers[2].beta.detach(), squeeze_excite, keep_scale)
+        y, bits = convolutions.join(last.y, gain, offset, other, affine)
         _save(ctx, [made, gate, bits, x])
         ctx.pool = pool
         return y
@@ -126,32 +125,37 @@ def _shortcut(ctx, side, x, dy, bits, total, product):
 
 
 class _Gate(NamedTuple):
-    """Squeeze-and-excite and stochastic depth: how much of each image's channels is kept, (N, C). Without the former,
-    the rest is ``None``."""
+    """Squeeze-and-excite and stochastic depth. Without the former all but ``keep`` is ``None``."""
 
-    kept: Tensor
-    keep: Tensor | None  # (N, 1)
+    keep: Tensor | None  # (N,)
     beta: Tensor | None = None
-    w1: Tensor | None = None
-    w2: Tensor | None = None
-    centred: Tensor | None = None
-    squeezed: Tensor | None = None
-    hidden: Tensor | None = None
+    centred: Tensor | None = None  # (N, C), as all below
     gate: Tensor | None = None
+    first: _Made | None = None
+    second: _Made | None = None
 
 
 def _gate(
     last: _Made, sums: Tensor, beta: Tensor, weights: Sequence[Tensor] | None, keep_scale: Tensor | None
-) -> _Gate:
-    keep = None if keep_scale is None else keep_scale.float()[:, None]
+) -> tuple[_Gate, Tensor, Tensor]:
+    """The gate, and what it makes of the last batch norm: a gain and an offset of each image, (N, C)."""
+    keep = None if keep_scale is None else keep_scale.float().contiguous()
     if weights is None:
-        return _Gate(torch.ones_like(sums) if keep is None else keep.expand_as(sums).contiguous(), keep)
-    w1, b1, w2, b2 = (t.detach().to(torch.bfloat16) for t in weights)
-    centred = sums.div_(last.y.shape[2] * last.y.shape[3]).sub_(last.affine.mean)
-    squeezed = torch.addcmul(beta, centred, last.affine.scale).to(torch.bfloat16)
-    hidden = F.relu(F.linear(squeezed, w1, b1))
-    gate = torch.sigmoid(F.linear(hidden, w2, b2).float())
-    return _Gate(gate if keep is None else gate * keep, keep, beta, w1, w2, centred, squeezed, hidden, gate)
+        return _Gate(keep), *convolutions.opened(None, None, keep, last.affine, len(sums))[1:]
+    w1, b1, w2, b2 = (t.detach() for t in weights)
+    squeezed = convolutions.squeezed(sums, last.y.shape[2] * last.y.shape[3], last.affine, beta)
+    first = _product(squeezed, w1, None, b1)
+    second = _product(first.y, w2, first.affine, b2)
+    gate, gain, offset = convolutions.opened(second.y, b2, keep, last.affine, len(sums))
+    return _Gate(keep, beta, sums, gate, first, second), gain, offset
+
+
+def _product(x: Tensor, weight: Tensor, before: Affine | None, bias: Tensor) -> _Made:
+    """A fully connected layer, as a convolution of maps of one pixel. Whoever reads it adds the bias."""
+    packed = convolutions.pack(weight[:, :, None, None], True)
+    y, _ = convolutions.forward(x, packed, 1, before)
+    one = torch.ones_like(bias)
+    return _Made(x, packed._replace(tiles=None), y, Affine(one, bias, torch.zeros_like(bias), one, len(x)), 1)
 
 
 def _gate_backward(
@@ -159,22 +163,22 @@ def _gate_backward(
 ) -> tuple[Gradient, Tensor, Tensor, list[Tensor]]:
     """From the sums over each image of g, the gradient past the ReLU, and of ``g * (x - mean)``: the gradient of the
     last convolution's output, the sums of its batch norm over all images, and the gradients of the weights."""
-    affine, kept, pixels = last.affine, of.kept, last.y.shape[2] * last.y.shape[3]
-    sums, products, spread, parameters = kept * total, kept * product, 0.0, []
+    spread, parameters = None, []
     if of.gate is not None:
-        dgate = torch.addcmul(of.beta * total, affine.scale, product)
-        if of.keep is not None:
-            dgate = dgate * of.keep
-        dsecond = (dgate * of.gate * (1 - of.gate)).to(of.w2.dtype)
-        dfirst = torch.ops.aten.threshold_backward(dsecond @ of.w2, of.hidden, 0)
-        spread = (dfirst @ of.w1).float()  # the gradient of the squeezed means
-        sums, products = sums + spread, torch.addcmul(products, spread, of.centred)
-        parameters = [dfirst.T @ of.squeezed, dfirst.sum(0), dsecond.T @ of.hidden, dsecond.sum(0)]
-    sums, products = sums.sum(0), products.sum(0)
-    slope = -affine.scale * affine.deviation.square() * products / affine.rows
-    constant = (spread / pixels - sums / affine.rows) * affine.scale
-    offset = (constant - slope * affine.mean).expand_as(kept).contiguous()
-    return Gradient(kept * affine.scale, offset, slope), sums, products, [p.float() for p in parameters]
+        excited, db2 = convolutions.excited_gradient(total, product, of.gate, of.keep, last.affine, of.beta)
+        of_first, dw2 = _backward(of.second, of.first.affine, excited, _as_it_is(db2))
+        of_squeezed, dw1 = _backward(of.first, None, of_first.map, _as_it_is(of_first.total))
+        spread = of_squeezed.map  # the gradient of the squeezed means
+        parameters = [dw1.flatten(1), of_first.total, dw2.flatten(1), db2]
+    of_x, sums, products = convolutions.gate_gradient(
+        total, product, of.gate, of.keep, spread, of.centred, last.y.shape[2] * last.y.shape[3], last.affine
+    )
+    return of_x, sums, products, parameters
+
+
+def _as_it_is(like: Tensor) -> Gradient:
+    zero = torch.zeros_like(like)
+    return Gradient(torch.ones_like(like), zero, zero)
 
 
 def _save(ctx, values: object) -> None:

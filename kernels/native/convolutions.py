@@ -200,6 +200,113 @@ def _arguments(x: Tensor, packed: Packed, before: Affine | None, how: Plan) -> d
     }
 
 
+def squeezed(sums: Tensor, pixels: int, affine: Affine, beta: Tensor) -> Tensor:
+    """From each image's sums of a map, (N, C): its means past the batch norm, (N, C, 1, 1). The sums become means about
+    those of the batch."""
+    images, channels = sums.shape
+    to = _pixel(images, channels)
+    run(
+        "gate_squeeze",
+        sums=sums,
+        images=images,
+        channels=channels,
+        pixels=pixels,
+        mean=affine.mean,
+        scale=affine.scale,
+        beta=beta,
+        squeezed=to,
+    )
+    return to
+
+
+def opened(
+    excited: Tensor | None, bias: Tensor | None, keep: Tensor | None, affine: Affine, images: int
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """``sigmoid(excited + bias)``, if there is any, and with stochastic depth's ``keep``, (N,), what gain and offset it
+    makes of a batch norm: (N, C) each."""
+    channels = len(affine.scale)
+    gate = None if excited is None else torch.empty(images, channels)
+    gain, offset = torch.empty(images, channels), torch.empty(images, channels)
+    run(
+        "gate_open",
+        excited=excited,
+        bias=bias,
+        keep=keep,
+        images=images,
+        channels=channels,
+        scale=affine.scale,
+        shift=affine.shift,
+        gate=gate,
+        gain=gain,
+        offset=offset,
+    )
+    return gate, gain, offset
+
+
+def excited_gradient(
+    total: Tensor, product: Tensor, gate: Tensor, keep: Tensor | None, affine: Affine, beta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of :func:`opened`'s excited, (N, C, 1, 1), and bias, from :func:`join_sums`."""
+    images, channels = total.shape
+    excited, bias = _pixel(images, channels), torch.empty(channels)
+    run(
+        "gate_excited_gradient",
+        total=total,
+        product=product,
+        gate=gate,
+        keep=keep,
+        images=images,
+        channels=channels,
+        scale=affine.scale,
+        beta=beta,
+        excited=excited,
+        bias=bias,
+    )
+    return excited, bias
+
+
+def gate_gradient(
+    total: Tensor,
+    product: Tensor,
+    gate: Tensor | None,
+    keep: Tensor | None,
+    spread: Tensor | None,
+    centred: Tensor | None,
+    pixels: int,
+    affine: Affine,
+) -> tuple[Gradient, Tensor, Tensor]:
+    """The gradient of the map whose batch norm is ``affine``, and the sums of that, (C,): from :func:`join_sums`, and
+    with squeeze-and-excite the gradient of :func:`squeezed`, ``spread``, and the means that it left, ``centred``."""
+    images, channels = total.shape
+    of_x = Gradient(torch.empty(images, channels), torch.empty(images, channels), torch.empty(channels))
+    sums, products = torch.empty(channels), torch.empty(channels)
+    run(
+        "gate_gradient",
+        total=total,
+        product=product,
+        gate=gate,
+        keep=keep,
+        spread=spread,
+        centred=centred,
+        images=images,
+        channels=channels,
+        pixels=pixels,
+        mean=affine.mean,
+        deviation=affine.deviation,
+        scale=affine.scale,
+        sums=sums,
+        products=products,
+        gain=of_x.gain,
+        offset=of_x.offset,
+        slope=of_x.slope,
+    )
+    return of_x, sums, products
+
+
+def _pixel(images: int, channels: int) -> Tensor:
+    return torch.empty(images, channels, 1, 1, dtype=torch.bfloat16, memory_format=torch.channels_last)
+
+
 def join(x: Tensor, gain: Tensor, offset: Tensor, shortcut: Tensor, affine: Affine | None) -> tuple[Tensor, Tensor]:
     """``relu(x * gain + offset + shortcut)``, gain and offset (N, C), where the shortcut may have a batch norm; and the
     bits of where it is positive, (N * H * W, ceil(C / 32)) int32."""

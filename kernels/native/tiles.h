@@ -6,13 +6,11 @@
 
 #pragma once
 
+#include "bf16.h"
+
 #include <immintrin.h>
 #include <omp.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-
-typedef uint16_t bf16;
 
 enum {
     SIDE = 32,        /* rows, columns and depth of a block of a product: two tiles of 16 each way, one of depth 32 */
