@@ -53,8 +53,6 @@ void residual_sums(const bf16 *dy, const uint32_t *bits, const bf16 *a, const fl
     float *parts = aligned_alloc(64, threads * padded * sizeof(float));
     if (!parts) abort();
     memset(parts, 0, threads * padded * sizeof(float));
-    memset(total, 0, images * channels * sizeof(float));
-    memset(product, 0, images * channels * sizeof(float));
 #pragma omp parallel num_threads(threads)
     {
         float *mine = parts + omp_get_thread_num() * padded;
@@ -66,8 +64,9 @@ void residual_sums(const bf16 *dy, const uint32_t *bits, const bf16 *a, const fl
                     const int64_t n = channels - c, at = i * channels + c;
                     const __mmask32 mask = mask32(n);
                     const pair m = floats32(mean + c, n);
-                    pair t = floats32(total + at, n), p = floats32(product + at, n), q = floats32(mine + c, SIDE), sm = {};
-                    if (shortcut) sm = floats32(shortcut_mean + c, n);
+                    pair t = {}, p = {}, q = {}, sm = {};
+                    if (first > i * pixels) t = floats32(total + at, n), p = floats32(product + at, n);
+                    if (shortcut) q = floats32(mine + c, SIDE), sm = floats32(shortcut_mean + c, n);
                     for (int64_t r = first; r < end; r++) {
                         const pair g = load32(dy + r * channels + c, mask & bits[r * words + c / SIDE]);
                         const pair v = load32(a + r * channels + c, mask);
