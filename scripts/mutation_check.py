@@ -27,7 +27,8 @@ SE_TESTS, CE_TESTS, EMA_TESTS = (
 COMPILE_TESTS = "tests/kernels/proof/test_compile.py"
 BN, PASSES = "kernels/batch_normalization.py", "kernels/native/passes.h"
 BN_TESTS = "tests/kernels/test_batch_normalization.py"
-CONVOLUTION_TESTS = "tests/kernels/test_convolutions.py"  # skipped where the processor cannot run what they test
+# Skipped where the processor cannot run what they test.
+CONVOLUTION_TESTS, BOTTLENECK_TESTS = "tests/kernels/test_convolutions.py", "tests/kernels/test_bottleneck.py"
 
 # By file and the tests that must notice: what is wrong, the code as it is, the faulty code.
 FAULTS = {
@@ -75,6 +76,12 @@ FAULTS = {
     ],
     ("kernels/native/weight_gradient.h", CONVOLUTION_TESTS): [
         ("convolution: sums begin with the last call's", "begun >> c.tap[t] & 1", "1"),
+    ],
+    ("kernels/native/gate.c", BOTTLENECK_TESTS): [
+        ("gate: the sigmoid's derivative lacks a factor", "* opened[c] * (1.0f - opened[c])", "* opened[c]"),
+        ("gate: the squeeze's gradient is not divided by the pixels", "* inverse * scale[c]", "* scale[c]"),
+        ("gate: stochastic depth does not reach the excited", "* kept * opened[c] * (1", "* opened[c] * (1"),
+        ("gate: the squeeze has no part in the batch norm's sums", "q[c] += g * p[c] + m * x[c]", "q[c] += g * p[c]"),
     ],
     ("kernels/native/residual.c", CONVOLUTION_TESTS): [
         (

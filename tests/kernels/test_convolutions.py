@@ -265,3 +265,34 @@ for one, other in zip(*results, strict=True):
     environment = os.environ | {"OMP_THREAD_LIMIT": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("has_keep", [False, True])
+def test_a_gate_is_the_sigmoid_of_what_is_excited(has_keep):
+    extremes = [
+        0.0,
+        -0.0,
+        1e-30,
+        1.0,
+        -1.0,
+        17.0,
+        -17.0,
+        87.0,
+        -87.5,
+        1e4,
+        -1e4,
+        float("inf"),
+        float("-inf"),
+        float("nan"),
+    ]
+    excited = torch.cat([torch.tensor(extremes), torch.linspace(-20, 20, 500)]).repeat(3, 1).bfloat16()
+    channels = excited.shape[1]
+    bias, scale, shift = (vector(channels, seed) for seed in (1, 2, 3))
+    bias[: len(extremes)] = 0
+    keep = torch.tensor([0.0, 1.25, 1.0]) if has_keep else None
+    gate, gain, offset = convolutions.opened(excited, bias, keep, Affine(scale, shift, shift, scale, 1), 3)
+    expected = torch.sigmoid(excited.double() + bias.double())
+    torch.testing.assert_close(gate.double(), expected, rtol=1e-6, atol=1e-37, equal_nan=True)
+    kept = gate * keep[:, None] if has_keep else gate
+    torch.testing.assert_close(gain, kept * scale, equal_nan=True)
+    torch.testing.assert_close(offset, kept * shift, equal_nan=True)
