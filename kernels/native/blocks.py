@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..batch_normalization import check_batch_norm
 from ..conv_norm import ConvNorm, pooled
-from . import convolutions
+from . import convolutions, epilogue
 from .convolutions import Affine, Gradient, Packed, Spread, Sums
 
 
@@ -80,7 +80,7 @@ class Bottleneck(torch.autograd.Function):
             other, affine = made[3].y, made[3].affine
         last = made[2]
         gate, gain, offset = _gate(last, sums.images, layers[2].beta.detach(), squeeze_excite, keep_scale)
-        y, bits = convolutions.join(last.y, gain, offset, other, affine)
+        y, bits = epilogue.join(last.y, gain, offset, other, affine)
         _save(ctx, [made, gate, bits, x])
         ctx.pool = pool
         return y
@@ -92,7 +92,7 @@ class Bottleneck(torch.autograd.Function):
         wants = ctx.needs_input_grad
         dy = dy.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
         last, side = made[2], made[3] if len(made) == 4 else None
-        total, product, side_product = convolutions.join_sums(
+        total, product, side_product = epilogue.join_sums(
             dy, bits, last.y, last.affine.mean, side.y if side else None, side.affine if side else None
         )
         of_last, sums, products, excite = _gate_backward(gate, last, total, product)
@@ -141,12 +141,12 @@ def _gate(
     """The gate, and what it makes of the last batch norm: a gain and an offset of each image, (N, C)."""
     keep = None if keep_scale is None else keep_scale.float().contiguous()
     if weights is None:
-        return _Gate(keep), *convolutions.opened(None, None, keep, last.affine, len(sums))[1:]
+        return _Gate(keep), *epilogue.opened(None, None, keep, last.affine, len(sums))[1:]
     w1, b1, w2, b2 = (t.detach() for t in weights)
-    squeezed = convolutions.squeezed(sums, last.y.shape[2] * last.y.shape[3], last.affine, beta)
+    squeezed = epilogue.squeezed(sums, last.y.shape[2] * last.y.shape[3], last.affine, beta)
     first = _product(squeezed, w1, None, b1)
     second = _product(first.y, w2, first.affine, b2)
-    gate, gain, offset = convolutions.opened(second.y, b2, keep, last.affine, len(sums))
+    gate, gain, offset = epilogue.opened(second.y, b2, keep, last.affine, len(sums))
     return _Gate(keep, beta, sums, gate, first, second), gain, offset
 
 
@@ -165,12 +165,12 @@ def _gate_backward(
     last convolution's output, the sums of its batch norm over all images, and the gradients of the weights."""
     spread, parameters = None, []
     if of.gate is not None:
-        excited, db2 = convolutions.excited_gradient(total, product, of.gate, of.keep, last.affine, of.beta)
+        excited, db2 = epilogue.excited_gradient(total, product, of.gate, of.keep, last.affine, of.beta)
         of_first, dw2 = _backward(of.second, of.first.affine, excited, _as_it_is(db2))
         of_squeezed, dw1 = _backward(of.first, None, of_first.map, _as_it_is(of_first.total))
         spread = of_squeezed.map  # the gradient of the squeezed means
         parameters = [dw1.flatten(1), of_first.total, dw2.flatten(1), db2]
-    of_x, sums, products = convolutions.gate_gradient(
+    of_x, sums, products = epilogue.gate_gradient(
         total, product, of.gate, of.keep, spread, of.centred, last.y.shape[2] * last.y.shape[3], last.affine
     )
     return of_x, sums, products, parameters

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rsengine.kernels.native import convolutions
+from rsengine.kernels.native import convolutions, epilogue
 from rsengine.kernels.native.convolutions import Affine, Gradient, Spread
 
 _, AVAILABLE, REASON = convolutions.available()
@@ -181,7 +181,7 @@ def test_the_end_of_a_block_and_its_sums(shape, has_norm, threads):
     x, other, dy = (maps(*shape, seed=seed) for seed in (1, 2, 3))
     gain, offset, mean = random(*shape[:2], seed=4).float(), random(*shape[:2], seed=5).float(), vector(channels, 6)
     norm = Affine(*(vector(channels, seed) for seed in (7, 8, 9, 10)), 1) if has_norm else None
-    y, found = convolutions.join(x, gain, offset, other, norm)
+    y, found = epilogue.join(x, gain, offset, other, norm)
     shortcut = other.double()
     if norm:
         shortcut = shortcut * norm.scale.double().view(-1, 1, 1) + norm.shift.double().view(-1, 1, 1)
@@ -189,7 +189,7 @@ def test_the_end_of_a_block_and_its_sums(shape, has_norm, threads):
     near(y, expected, ROUNDED)
     assert torch.equal(found, bits(y > 0))
 
-    total, product, side = convolutions.join_sums(dy, found, x, mean, other if norm else None, norm)
+    total, product, side = epilogue.join_sums(dy, found, x, mean, other if norm else None, norm)
     g = dy.double() * (y > 0)
     near(total, g.sum((2, 3)), 1e-5)
     near(product, (g * (x.double() - mean.double().view(-1, 1, 1))).sum((2, 3)), 1e-5)
@@ -290,7 +290,7 @@ def test_a_gate_is_the_sigmoid_of_what_is_excited(has_keep):
     bias, scale, shift = (vector(channels, seed) for seed in (1, 2, 3))
     bias[: len(extremes)] = 0
     keep = torch.tensor([0.0, 1.25, 1.0]) if has_keep else None
-    gate, gain, offset = convolutions.opened(excited, bias, keep, Affine(scale, shift, shift, scale, 1), 3)
+    gate, gain, offset = epilogue.opened(excited, bias, keep, Affine(scale, shift, shift, scale, 1), 3)
     expected = torch.sigmoid(excited.double() + bias.double())
     torch.testing.assert_close(gate.double(), expected, rtol=1e-6, atol=1e-37, equal_nan=True)
     kept = gate * keep[:, None] if has_keep else gate
