@@ -147,7 +147,8 @@ def backward(
 
     Args:
         g, y, of_y: the gradient of the output y, as :class:`Gradient` says.
-        bits: where g counts; as :func:`rsengine.kernels.native.epilogue.join` makes them. past: or where ``y * past.scale + past.shift`` is positive.
+        bits: where g counts; as :func:`rsengine.kernels.native.epilogue.join` makes them.
+        past: or where ``y * past.scale + past.shift`` is positive.
         add: what is added to the gradient of x where there is no batch norm before it, where it has ``add_bits``; a
             smaller map with ``spread``.
     """
