@@ -14,7 +14,8 @@ import time
 
 from bench.baselines import Case
 from bench.own_process import OURS, OwnProcess
-from rsengine.waiting import CALM, LOOKS, PERIOD
+from rsengine.processor import LOOKS
+from rsengine.waiting import CALM, PERIOD
 
 CASES = [Case(26, 32, 1, 32, 128), Case(50, 32, 2, 32, 128)]
 WAYS = {

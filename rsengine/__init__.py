@@ -7,7 +7,7 @@ nothing large: its functions bring what they need when they are first used.
 
 from typing import TYPE_CHECKING
 
-from rsengine.waiting import set_waiting
+from rsengine.processor import set_waiting
 
 if TYPE_CHECKING:
     from rsengine.api import History, Model, Predictions, Run, load, train

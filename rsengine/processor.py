@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 LISTING, STATISTICS, TASKS = Path("/proc/cpuinfo"), Path("/proc/stat"), Path("/proc/self/task")
+LOOKS, MOST_CORES = 30_000, 4  # see `set_waiting`; on more cores nobody has measured it
 
 
 def listing() -> list[dict[str, str]]:
@@ -88,3 +89,13 @@ class OtherWork:
                 if name in usable:
                     ticks += sum(int(fields[i]) for i in (0, 1, 2, 5, 6))  # user, nice, system, two of interrupts
         return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0, time.process_time()
+
+
+def set_waiting() -> None:
+    """Say in the environment how often OpenMP's threads look for work before they sleep, where nobody else has.
+
+    PyTorch's OpenMP reads it once, and has 300,000 by default. :mod:`rsengine.waiting` changes it beside other work.
+    """
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    if (os.cpu_count() or 1) <= MOST_CORES and not any(name in os.environ for name in names):
+        os.environ["GOMP_SPINCOUNT"] = str(LOOKS)

@@ -13,20 +13,11 @@ import os
 import threading
 from collections.abc import Iterator
 
-from rsengine.processor import OtherWork, usable_cpus
+from rsengine.processor import LOOKS, OtherWork, usable_cpus
 
-LOOKS = 30_000  # of OpenMP's default of 300,000, of which few are in vain in the first milliseconds
-MOST_CORES = 4  # on more nobody has measured it
 PERIOD = 1.0  # seconds from one look at the machine to the next
 IN_THE_WAY = 0.3  # of a processor, used by others where there is none to spare
 CALM = 3  # looks in a row that find no other work, after which it has ended
-
-
-def set_waiting() -> None:
-    """Say in the environment how often threads look for work, where nobody else has. PyTorch's OpenMP reads it once."""
-    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    if (os.cpu_count() or 1) <= MOST_CORES and not any(name in os.environ for name in names):
-        os.environ["GOMP_SPINCOUNT"] = str(LOOKS)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ LOWEST = {"cache", "checked", "disk", "output", "processor", "temporaries"}
 LEVELS = [
     LOWEST,
     {"kernels", "data"},
-    {"schedule", "device", "errors", "text"},
+    {"schedule", "device", "errors", "text", "waiting"},
     {"parallel"},
     {"model", "augment"},
     {"config"},

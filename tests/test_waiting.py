@@ -28,7 +28,7 @@ def test_how_often_threads_look_before_they_sleep(monkeypatch, cores, given, exp
         if name not in given:
             monkeypatch.delenv(name)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    waiting.set_waiting()
+    processor.set_waiting()
     assert os.environ.get("GOMP_SPINCOUNT") == expected
     assert waiting._is_ours() == (expected == "30000")
 
@@ -59,7 +59,7 @@ def others(monkeypatch):
         def end(self):
             state["done"].append("long")
 
-    monkeypatch.setenv("GOMP_SPINCOUNT", str(waiting.LOOKS))
+    monkeypatch.setenv("GOMP_SPINCOUNT", str(processor.LOOKS))
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setattr(waiting, "PERIOD", 0.001)
     monkeypatch.setattr(waiting, "OtherWork", Others)
