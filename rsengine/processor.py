@@ -83,7 +83,7 @@ class OtherWork:
     def _now() -> tuple[float, float, float]:
         """The time, and how long all processes, and this one, have computed so far, in seconds."""
         usable, ticks = {f"cpu{number}" for number in usable_cpus()}, 0
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, IndexError):
             for line in STATISTICS.read_text(encoding="utf-8").splitlines():
                 name, *fields = line.split()
                 if name in usable:

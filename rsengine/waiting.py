@@ -1,9 +1,10 @@
 """How the threads of OpenMP, with which PyTorch and the C passes compute, wait for each other.
 
-A thread that has no work looks for some many times before it sleeps. Alone that is fastest: to be woken takes longer.
-Beside other work it is slow, because a thread that only waits keeps a processor from one that has work to do. GNU's
-OpenMP looks much less often while it has more threads than there are processors, so beside other work rsengine gives
-it some that sleep. What is computed does not depend on any of this (``docs/performance.md``).
+A thread that has run out of work checks many times for more before it sleeps. Alone on the machine that is fastest,
+because waking a thread takes time. Beside other work it is slow, because the waiting thread occupies a processor that
+another could use. GNU's OpenMP checks far less often while it has more threads than there are processors, so rsengine
+gives it sleeping threads for as long as other work goes on. Results do not depend on any of this
+(``docs/performance.md``).
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ CALM = 3  # looks in a row that find no other work, after which it has ended
 def beside_others(threads: int) -> Iterator[None]:
     """Let ``threads`` threads that compute wait as suits the machine, alone or beside other work, until the end.
 
-    Nothing is done for one thread, where the user has said in the environment how threads wait, and without the C
-    passes.
+    This does nothing for one thread, where the environment says how threads wait, or without the C passes.
     """
     if threads < 2 or not _is_ours() or not _can_shorten():
         yield

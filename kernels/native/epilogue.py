@@ -13,8 +13,8 @@ from .library import run
 
 
 def squeezed(sums: Tensor, pixels: int, affine: Affine, beta: Tensor) -> Tensor:
-    """From each image's sums of a map, (N, C): its means past the batch norm, (N, C, 1, 1). The sums become means about
-    those of the batch."""
+    """The means of each image past the batch norm, (N, C, 1, 1), from the sums of the map before it, (N, C). This
+    overwrites ``sums`` with the means before the batch norm minus those of the batch."""
     images, channels = sums.shape
     to = _pixel(images, channels)
     run(
@@ -34,8 +34,8 @@ def squeezed(sums: Tensor, pixels: int, affine: Affine, beta: Tensor) -> Tensor:
 def opened(
     excited: Tensor | None, bias: Tensor | None, keep: Tensor | None, affine: Affine, images: int
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """``sigmoid(excited + bias)``, if there is any, and with stochastic depth's ``keep``, (N,), what gain and offset it
-    makes of a batch norm: (N, C) each."""
+    """The gate ``sigmoid(excited + bias)``, or ``None`` without squeeze-and-excite; and the gain and the offset of each
+    image, (N, C), by which the batch norm, the gate and stochastic depth's ``keep``, (N,), are one affine map."""
     channels = len(affine.scale)
     gate = None if excited is None else torch.empty(images, channels)
     gain, offset = torch.empty(images, channels), torch.empty(images, channels)
