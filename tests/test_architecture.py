@@ -184,6 +184,28 @@ def test_importing_the_package_is_light():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("house", ["kernels", "data"])
+def test_a_folder_found_under_its_own_name_makes_no_second_copy(house):
+    """As transformers finds it from a checkout, where it looks for a package named ``kernels``."""
+    modules = f"{{name: module for name, module in sys.modules.items() if name.startswith('rsengine.{house}.')}}"
+    code = (
+        f"import sys, rsengine.{house}; before = {modules}; import {house}; assert before == {modules}; "
+        f"assert all(getattr({house}, name) is getattr(rsengine.{house}, name) for name in {house}.__all__); "
+        f"assert not [name for name in sys.modules if name.startswith('{house}.')]"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_an_operator_is_defined_once_whatever_name_a_kernel_is_imported_by():
+    code = (
+        "import rsengine.kernels.ema as ema, torch; operator = torch.ops.rsengine.ema_update.default\n"
+        "try:\n    import kernels.ema\nexcept ModuleNotFoundError as error:\n    print(error)\n"
+        "assert torch.ops.rsengine.ema_update.default is operator is ema._ema_update._opoverload"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert run.stdout == "No module named 'kernels.ema'\n"
+
+
 def test_no_bare_or_silent_except():
     for path in (path for house in HOUSES for path in sources(house)):
         for node in ast.walk(ast.parse(path.read_text())):
