@@ -6,13 +6,13 @@ import contextlib
 import contextvars
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 OPS = ("augment_batch", "squeeze_excite", "squeeze_excite_residual", "label_smoothed_cross_entropy")
-OPS += ("ema_update", "sgd_ema_step")
+UPDATE_OPS = ("ema_update", "sgd_ema_step")  # of lists of tensors; in C for the CPU beside Triton for the GPU
 NATIVE_OPS = ("batch_norm", "batch_norm_squeeze_excite_residual")  # in C for the CPU beside Triton for the GPU
 BLOCK_OPS = ("conv_batch_norm_relu", "bottleneck")  # in C for the CPU alone
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -102,21 +102,23 @@ def explain(op: str, device: torch.device | str | None = None) -> str:
     """Say which implementation ``impl="auto"`` chooses for ``op`` on ``device``, and why.
 
     Args:
-        op: one of :data:`OPS`, :data:`NATIVE_OPS` or :data:`BLOCK_OPS`.
+        op: one of :data:`OPS`, :data:`UPDATE_OPS`, :data:`NATIVE_OPS` or :data:`BLOCK_OPS`.
         device: ``None`` is the GPU where PyTorch sees one, else the CPU.
 
     Raises:
         ValueError: ``op`` is none of them.
     """
-    known = OPS + NATIVE_OPS + BLOCK_OPS
+    known = OPS + UPDATE_OPS + NATIVE_OPS + BLOCK_OPS
     if op not in known:
         raise ValueError(f"op: expected one of {', '.join(known)}; got {op!r}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if _eager_blocks:
         return f"{op}: eager on {place}, because {INSIDE_EAGER_ONLY}"
-    if op in NATIVE_OPS and place.type == "cpu":
+    if op in NATIVE_OPS + UPDATE_OPS and place.type == "cpu":
         native, reason = _native_on(place.type)
-        if native:
+        if native and op in UPDATE_OPS:
+            reason += "; tensors that are not float32, or not dense in one order for each parameter, take eager"
+        elif native:
             reason += "; parameters and running statistics that are not contiguous float32 take eager"
         return f"{op}: {'native' if native else 'eager'} on {place}, because {reason}"
     if op in BLOCK_OPS:
@@ -185,6 +187,42 @@ def choose_native(op: str, impl: str, maps: dict[str, Tensor], vectors: dict[str
     if not possible:
         raise RuntimeError(f"impl: {impl!r} cannot run {op} here, because {reason}; use 'auto' or 'eager'")
     return wanted
+
+
+def choose_update(op: str, impl: str, tensor: Tensor) -> str:
+    """``"triton"`` for an ``op`` of :data:`UPDATE_OPS` whose first tensor is ``tensor``, or else ``impl`` as it is.
+
+    :func:`choose_update_on_host` chooses among the others when the op runs, which is one operator to
+    :func:`torch.compile`.
+
+    Raises:
+        ValueError: ``impl`` is not one of :data:`NATIVE_IMPLEMENTATIONS`.
+        RuntimeError: ``impl="triton"`` where it cannot run; the message says why.
+    """
+    if impl not in NATIVE_IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {', '.join(NATIVE_IMPLEMENTATIONS)}; got {impl!r}")
+    return "triton" if impl != "native" and choose(op, impl, tensor) == "triton" else impl
+
+
+def choose_update_on_host(op: str, impl: str, tensor: Tensor, unfit: Callable[[], str]) -> str:
+    """``"native"`` or ``"eager"`` for an ``op`` of :data:`UPDATE_OPS` that does not run in Triton.
+
+    Args:
+        tensor: the first one.
+        unfit: says why C cannot have the tensors, or nothing. Called where nothing else decides.
+
+    Raises:
+        RuntimeError: ``impl="native"`` where it cannot run; the message says why.
+    """
+    if impl == "eager":
+        return "eager"
+    possible = False
+    reason = INSIDE_EAGER_ONLY if _eager_blocks else unfit() if tensor.device.type == "cpu" else ""
+    if not reason:
+        possible, reason = _native_on(tensor.device.type)
+    if impl == "native" and not possible:
+        raise RuntimeError(f"impl: 'native' cannot run {op} here, because {reason}; use 'auto' or 'eager'")
+    return "native" if possible else "eager"
 
 
 def choose_blocks(op: str, impl: str, x: Tensor, parameters: Sequence[Tensor]) -> str:

@@ -1,7 +1,7 @@
 """Updates of every tensor of a model at once: exponential moving average, and SGD with Nesterov momentum plus EMA.
 
 The Triton implementation makes one launch for each combination of dtypes in the lists: one for a float32 model, two for
-bfloat16 weights beside float32 batch-norm parameters.
+bfloat16 weights beside float32 batch-norm parameters. On the CPU float32 tensors take one pass in C (``native``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import TRITON_DTYPES, check_memory, choose, has_memory, may_read
+from . import ema_eager
+from .dispatch import TRITON_DTYPES, check_memory, choose_update, choose_update_on_host, has_memory
+from .strides import is_dense
 
 
 @torch.no_grad()
@@ -26,18 +28,18 @@ def ema_update(shadow: Sequence[Tensor], params: Sequence[Tensor], decay: Tensor
 
     Raises:
         ValueError: lengths, shapes, dtypes, devices, strides or ``decay`` do not fit.
-        RuntimeError: ``impl="triton"`` where it cannot run, or a first call inside CUDA graph capture.
+        RuntimeError: ``impl="triton"`` or ``"native"`` where it cannot run, or a first call inside CUDA graph capture.
     """
     shadow, params = list(shadow), list(params)
     _check_lists({"shadow": shadow, "params": params})
     _check_outputs("shadow", shadow)
     _check_scalar("decay", decay, shadow)
-    chosen = choose("ema_update", impl, params[0] if params else decay)
+    chosen = choose_update("ema_update", impl, params[0] if params else decay)
     if chosen == "triton":
         _check_dtypes(_named("params", params), *TRITON_DTYPES)
         _check_dtypes(_named("shadow", shadow) | {"decay": decay}, torch.float32)
-    if chosen == "eager" and not torch.compiler.is_compiling():
-        _ema_eager(shadow, params, decay)  # not through the op: see sgd_ema_step
+    if chosen != "triton" and not torch.compiler.is_compiling():
+        _ema_on_host(shadow, params, decay, chosen)  # not through the op: see sgd_ema_step
     else:
         _ema_update(shadow, params, decay, chosen)
 
@@ -78,7 +80,7 @@ def sgd_ema_step(
 
     Raises:
         ValueError: lengths, shapes, dtypes, devices, strides or scalars do not fit.
-        RuntimeError: ``impl="triton"`` where it cannot run, or a first call inside CUDA graph capture.
+        RuntimeError: ``impl="triton"`` or ``"native"`` where it cannot run, or a first call inside CUDA graph capture.
     """
     params, grads, momentum_buffers = list(params), list(grads), list(momentum_buffers)
     lists = {"params": params, "grads": grads, "momentum_buffers": momentum_buffers}
@@ -108,7 +110,7 @@ def sgd_ema_step(
         raise ValueError(f"momentum: expected a number in [0, 1); got {momentum}")
     if decays and not 0.0 <= min(decays) <= max(decays) < float("inf"):
         raise ValueError(f"weight_decay: expected finite numbers of at least 0; got {min(decays)} to {max(decays)}")
-    chosen = choose("sgd_ema_step", impl, params[0] if params else lr)
+    chosen = choose_update("sgd_ema_step", impl, params[0] if params else lr)
     if chosen == "triton":
         _check_dtypes(_named("params", params), *TRITON_DTYPES)
         _check_dtypes(_named("copies", copies), torch.bfloat16, torch.float16)
@@ -117,18 +119,20 @@ def sgd_ema_step(
         _check_dtypes(_named("momentum_buffers", momentum_buffers) | _named("shadow", averages), torch.float32)
         _check_dtypes({"lr": lr} if decay is None else {"lr": lr, "decay": decay}, torch.float32)
 
-    # The dispatcher takes 0.4 ms to pass a thousand tensors, 2 % of the update of ResNet-RS-50 on two cores: eager code
-    # runs directly. Under the compiler it is one opaque operation: reading decay on the host would break the graph.
-    if chosen == "eager" and not torch.compiler.is_compiling():
-        _sgd_ema_eager(params, grads, momentum_buffers, averages, lr, momentum, decays, decay, nesterov, copies)
+    # The dispatcher takes 0.4 ms to pass a thousand tensors, 2 % of the update of ResNet-RS-50 on two cores: without
+    # Triton it is left out. Under the compiler it is one opaque operation: reading decay on the host would break the
+    # graph.
+    arguments = (params, grads, momentum_buffers, averages, lr, momentum, decays, decay, nesterov, copies)
+    if chosen != "triton" and not torch.compiler.is_compiling():
+        _sgd_ema_on_host(*arguments, chosen)
     else:
-        _sgd_ema_step(params, grads, momentum_buffers, averages, lr, momentum, decays, decay, nesterov, copies, chosen)
+        _sgd_ema_step(*arguments, chosen)
 
 
 @torch.library.custom_op("rsengine::ema_update", mutates_args={"shadow"})
 def _ema_update(shadow: list[Tensor], params: list[Tensor], decay: Tensor, impl: str) -> None:
-    if impl == "eager":
-        return _ema_eager(shadow, params, decay)
+    if impl != "triton":
+        return _ema_on_host(shadow, params, decay, impl)
     from .jit import ema
 
     return ema.ema_update(shadow, params, decay)
@@ -149,8 +153,8 @@ def _sgd_ema_step(
     impl: str,
 ) -> None:
     arguments = (params, grads, momentum_buffers, shadow, lr, momentum, weight_decay, decay, nesterov, copies)
-    if impl == "eager":
-        return _sgd_ema_eager(*arguments)
+    if impl != "triton":
+        return _sgd_ema_on_host(*arguments, impl)
     from .jit import ema
 
     return ema.sgd_ema_step(*arguments)
@@ -166,7 +170,7 @@ def _(params, grads, momentum_buffers, shadow, lr, momentum, weight_decay, decay
     return None
 
 
-def _sgd_ema_eager(
+def _sgd_ema_on_host(
     params: list[Tensor],
     grads: list[Tensor],
     momentum_buffers: list[Tensor],
@@ -177,75 +181,34 @@ def _sgd_ema_eager(
     decay: Tensor | None,
     nesterov: bool,
     copies: list[Tensor],
+    impl: str,
 ) -> None:
-    # A gradient in fewer bits than its parameter loses nothing in the parameter's, which the fused operator asks for.
-    grads = [
-        g if torch.promote_types(g.dtype, p.dtype) != p.dtype else g.to(p.dtype)
-        for g, p in zip(grads, params, strict=True)
-    ]
-    groups: dict[float, list[int]] = {}  # in practice two: decayed weights, and BN parameters and biases
-    for i, (p, g, m) in enumerate(zip(params, grads, momentum_buffers if momentum else grads, strict=True)):
-        if _side_by_side(p, g, m):
-            groups.setdefault(weight_decay[i], []).append(i)
-        else:
-            _sgd(p, g, m, lr, momentum, weight_decay[i], nesterov)
-    for value, group in groups.items():
-        torch._fused_sgd_(
-            [params[i] for i in group],
-            [grads[i] for i in group],
-            [momentum_buffers[i] for i in group] if momentum else [],  # none is what the operator asks for then
-            weight_decay=value,
-            momentum=momentum,
-            lr=lr,
-            dampening=0.0,
-            nesterov=nesterov,
-            maximize=False,
-            is_first_step=False,  # zeroed momentum gives the same first step, and no step is then a special case
-        )
-    if decay is not None:
-        _ema_eager(shadow, params, decay)
+    def unfit() -> str:
+        from .native import update
+
+        if not momentum:
+            return "it is written for SGD with momentum"
+        return update.unfit(params, momentum_buffers, *([shadow] if shadow else []))
+
+    chosen = choose_update_on_host("sgd_ema_step", impl, params[0] if params else lr, unfit)
+    if chosen == "eager":
+        ema_eager.sgd_ema_step(params, grads, momentum_buffers, shadow, lr, momentum, weight_decay, decay, nesterov)
+    else:
+        from .native import update
+
+        update.sgd_step(params, grads, momentum_buffers, shadow, lr, momentum, weight_decay, decay, nesterov)
     if copies:
         torch._foreach_copy_(copies, params)
 
 
-def _sgd(p: Tensor, g: Tensor, m: Tensor, lr: Tensor, momentum: float, weight_decay: float, nesterov: bool) -> None:
-    """One tensor of any dtypes and strides."""
-    value = p.to(torch.promote_types(p.dtype, torch.float32))
-    g = g.to(value.dtype) + weight_decay * value
-    if momentum:
-        m.copy_(momentum * m.to(value.dtype) + g)
-        g = g + momentum * m if nesterov else m
-    p.copy_(value - lr * g)
+def _ema_on_host(shadow: list[Tensor], params: list[Tensor], decay: Tensor, impl: str) -> None:
+    from .native import update
 
-
-def _ema_eager(shadow: list[Tensor], params: list[Tensor], decay: Tensor) -> None:
-    if not shadow:
-        return
-    params = [p if p.dtype == s.dtype else p.to(s.dtype) for p, s in zip(params, shadow, strict=True)]
-    if may_read(decay):
-        # A host scalar reads memory once; on the CPU taking it off the tensor is no synchronisation.
-        torch._foreach_lerp_(shadow, params, 1.0 - float(decay))
-        return
-    difference = torch._foreach_sub(params, shadow)
-    torch._foreach_mul_(difference, 1.0 - decay)
-    torch._foreach_add_(shadow, difference)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their storage without a gap, in one of the two orders that weights have."""
-    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
-
-
-def _side_by_side(p: Tensor, g: Tensor, m: Tensor) -> bool:
-    """Whether the fused operator may have them: it walks the three storages in order, whatever the strides say."""
-    if not (p.dtype == g.dtype == m.dtype and _is_dense(p)):
-        return False
-    if p.device.type == "cpu" and p.dtype.itemsize < 4:
-        return False  # before PyTorch 2.14 it left most of such elements as they were (pytorch/pytorch#191763)
-    strides = p.stride(), g.stride(), m.stride()
-    return strides[0] == strides[1] == strides[2] or all(
-        size == 1 or a == b == c for size, a, b, c in zip(p.shape, *strides, strict=True)
-    )
+    tensor = params[0] if params else decay
+    if choose_update_on_host("ema_update", impl, tensor, lambda: update.unfit(shadow, params)) == "eager":
+        ema_eager.ema_update(shadow, params, decay)
+    else:
+        update.average_step(shadow, params, decay)
 
 
 def _check_lists(lists: dict[str, list[Tensor]]) -> None:
@@ -274,7 +237,7 @@ def _check_lists(lists: dict[str, list[Tensor]]) -> None:
 
 def _check_outputs(name: str, tensors: list[Tensor]) -> None:
     for i, tensor in enumerate(tensors):
-        if _is_dense(tensor):
+        if is_dense(tensor):
             continue
         reach = 0  # of the dimensions with smaller strides: how far their last element lies from their first
         for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

@@ -119,7 +119,13 @@ def _description(value: object) -> str:
 
 # --- functions of one dtype, whose arguments are given by name --------------------------------------------------------
 
-DTYPES = {"bf16": torch.bfloat16, "float": torch.float32, "int32_t": torch.int32, "uint32_t": torch.int32}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "float": torch.float32,
+    "int64_t": torch.int64,
+    "int32_t": torch.int32,
+    "uint32_t": torch.int32,
+}
 
 
 def run(name: str, **arguments: Tensor | int | None) -> None:

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from rsengine.kernels import batch_norm, ema_update, explain
-from rsengine.kernels.dispatch import NATIVE_OPS, OPS, assume_triton, choose, choose_native, eager_only, may_read
+from rsengine.kernels.dispatch import (
+    NATIVE_OPS,
+    OPS,
+    UPDATE_OPS,
+    assume_triton,
+    choose,
+    choose_native,
+    choose_update,
+    choose_update_on_host,
+    eager_only,
+    may_read,
+)
 from rsengine.kernels.native import library
 
 ELSEWHERE = torch.empty(1, device="meta")  # stands for a tensor on a GPU while assume_triton() is open
@@ -17,7 +28,14 @@ def choices():
     """What ``impl="auto"`` gives of each op, as on a GPU and on the CPU."""
     with assume_triton():
         triton = {choose(op, "auto", ELSEWHERE) for op in OPS}
-    return triton, {choose_native(op, "auto", MAPS, VECTORS) for op in NATIVE_OPS}
+        triton |= {updates(op, ELSEWHERE) for op in UPDATE_OPS}
+    native = {updates(op, torch.ones(4)) for op in UPDATE_OPS}
+    return triton, native | {choose_native(op, "auto", MAPS, VECTORS) for op in NATIVE_OPS}
+
+
+def updates(op, tensor):
+    chosen = choose_update(op, "auto", tensor)
+    return chosen if chosen == "triton" else choose_update_on_host(op, chosen, tensor, lambda: "")
 
 
 def test_inside_eager_only_every_op_is_eager_and_afterwards_as_before():
@@ -51,10 +69,12 @@ def test_it_holds_in_threads_that_began_outside():
 def test_asking_for_another_implementation_inside_is_an_error():
     with eager_only(), assume_triton():
         with pytest.raises(RuntimeError, match="'triton' cannot run ema_update here, because .* inside eager_only"):
-            choose("ema_update", "triton", ELSEWHERE)
+            choose_update("ema_update", "triton", ELSEWHERE)
+        with pytest.raises(RuntimeError, match="'native' cannot run ema_update here, because .* inside eager_only"):
+            ema_update([torch.ones(2)], [torch.ones(2)], torch.tensor(0.5), impl="native")
         with pytest.raises(RuntimeError, match="'native' cannot run batch_norm here, because .* inside eager_only"):
             choose_native("batch_norm", "native", MAPS, VECTORS)
-        for op in OPS + NATIVE_OPS:
+        for op in OPS + UPDATE_OPS + NATIVE_OPS:
             assert explain(op, "cpu") == f"{op}: eager on cpu, because the process is inside eager_only()"
 
 

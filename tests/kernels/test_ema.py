@@ -1,6 +1,7 @@
 """The multi-tensor updates against their reference, torch.optim.SGD, and torch's and timm's averages.
 
-The eager code of an ordinary process; the kernels are in ``jit/test_ema.py``.
+On the CPU: in PyTorch's operators and as an ordinary process chooses, which is C for float32. What is C's alone is in
+``test_native_update.py``, and Triton's kernels in ``jit/test_ema.py``.
 """
 
 import os
@@ -25,7 +26,8 @@ def tensors(dtype, seed):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("nesterov", [True, False], ids=["nesterov", "plain"])
 @pytest.mark.parametrize("averaged", [True, False], ids=["ema", "no ema"])
-def test_twenty_steps_match_the_reference(dtype, nesterov, averaged):
+@pytest.mark.parametrize("impl", ["auto", "eager"])
+def test_twenty_steps_match_the_reference(dtype, nesterov, averaged, impl):
     ours = [tensors(dtype, seed) for seed in (0, 1)]
     state = [ours[0], [torch.zeros_like(p) for p in ours[0]], ours[1] if averaged else None]
     truth = [None if part is None else [t.double().clone() for t in part] for part in state]
@@ -34,7 +36,7 @@ def test_twenty_steps_match_the_reference(dtype, nesterov, averaged):
         grads = tensors(dtype, 10 + step)
         lr = torch.tensor(0.1 / (1 + step), dtype=torch.float32)
         decay = torch.tensor(0.9, dtype=torch.float32) if averaged else None
-        sgd_ema_step(state[0], grads, *state[1:], lr, 0.9, weight_decay, decay, nesterov)
+        sgd_ema_step(state[0], grads, *state[1:], lr, 0.9, weight_decay, decay, nesterov, impl=impl)
         reference.sgd_ema_step(
             truth[0],
             [g.double() for g in grads],
@@ -72,7 +74,8 @@ def test_matches_torch_sgd_over_twenty_steps():
         torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
 
-def test_ema_matches_torch_and_timm_over_twenty_steps():
+@pytest.mark.parametrize("impl", ["auto", "eager"])
+def test_ema_matches_torch_and_timm_over_twenty_steps(impl):
     from timm.utils import ModelEmaV3
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -86,7 +89,7 @@ def test_ema_matches_torch_and_timm_over_twenty_steps():
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn_like(p))
-        ema_update(shadow, list(model.parameters()), torch.tensor(0.9))
+        ema_update(shadow, list(model.parameters()), torch.tensor(0.9), impl=impl)
         averaged.update_parameters(model)
         timm_average.update(model)
     for ours, torchs, timms in zip(shadow, averaged.module.parameters(), timm_average.module.parameters(), strict=True):
@@ -120,6 +123,7 @@ def channels_last(tensor):
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("impl", ["auto", "eager"])
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 @pytest.mark.parametrize(
     ("p_kind", "g_kind", "m_kind", "dtype", "grad_dtype"),
@@ -133,14 +137,14 @@ def channels_last(tensor):
     ],
     ids=["gradient", "parameter", "momentum", "gaps", "bfloat16", "bfloat16, float32 gradient"],
 )
-def test_strides_and_dtypes_that_differ_between_the_lists(momentum, p_kind, g_kind, m_kind, dtype, grad_dtype):
+def test_strides_and_dtypes_that_differ_between_the_lists(impl, momentum, p_kind, g_kind, m_kind, dtype, grad_dtype):
     """PyTorch's fused operator on the CPU walks storages, and would update the wrong elements without a word."""
     torch.manual_seed(0)
     p, g, m, s = (torch.randn(4, 3, 2, 2) for _ in range(4))
     lists = [[p_kind(p).to(dtype)], [g_kind(g).to(grad_dtype)], [m_kind(m.clone())], [s]]
     truth, s_start = [[t.double() for t in part] for part in lists], s.double()
     lr, decay = torch.tensor(0.1), torch.tensor(0.9)
-    sgd_ema_step(*lists, lr, momentum, 1e-2, decay)
+    sgd_ema_step(*lists, lr, momentum, 1e-2, decay, impl=impl)
     reference.sgd_ema_step(*truth, lr.double(), momentum, 1e-2, decay.double())
     assert_close(lists[0][0], truth[0][0])
     assert_close(lists[2][0], truth[2][0] if momentum else m.double())  # without momentum it is left alone
@@ -247,7 +251,7 @@ def test_no_value_and_no_address_of_a_scalar_makes_another_kernel():
 @pytest.fixture
 def triton_chosen(monkeypatch):
     """As on a machine with a GPU: the checks come before anything is launched."""
-    monkeypatch.setattr("rsengine.kernels.ema.choose", lambda op, impl, tensor: "triton")
+    monkeypatch.setattr("rsengine.kernels.ema.choose_update", lambda op, impl, tensor: "triton")
 
 
 LR, DECAY = torch.tensor(0.1), torch.tensor(0.5)

@@ -53,6 +53,7 @@ def test_what_does_not_belong_to_a_tensor_is_not_touched_unseen(guarded, code, e
         ("test_convolutions.py", CONVOLUTIONS),
         ("test_bottleneck.py", "test_a_chain or test_a_bottleneck"),
         ("test_batch_normalization.py", "test_block_epilogue"),
+        ("test_native_update.py", "pytorchs_operators"),
     ],
 )
 def test_the_passes_stay_inside_their_tensors(guarded, tests, chosen):

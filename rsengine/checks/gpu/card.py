@@ -6,8 +6,9 @@ from typing import Any
 
 from rsengine.checks.gpu.device import Setup
 from rsengine.kernels import explain
-from rsengine.kernels.dispatch import NATIVE_OPS, OPS
+from rsengine.kernels.dispatch import NATIVE_OPS, OPS, UPDATE_OPS
 
 
 def measure(row: str, setup: Setup) -> dict[str, Any]:
-    return {"device": setup.device.describe(), "choices": [explain(op) for op in OPS + NATIVE_OPS], "wrong": []}
+    choices = [explain(op) for op in OPS + UPDATE_OPS + NATIVE_OPS]
+    return {"device": setup.device.describe(), "choices": choices, "wrong": []}
