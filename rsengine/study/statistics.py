@@ -99,12 +99,13 @@ def bootstrap_interval(values: Sequence[float], level: float = 0.95) -> tuple[fl
 
 def power_of(n: int, mean: float, deviation: float, alpha: float = ALPHA) -> float:
     """The probability that a two-sided paired t-test of ``n`` >= 2 pairs at level ``alpha`` finds a true difference."""
-    from scipy.special import nctdtr, stdtrit
+    from scipy.special import stdtrit
+    from scipy.stats import nct  # whose sf() is a number for every shift; scipy.special.nctdtr is not for some
 
     critical, shift = stdtrit(n - 1, 1 - alpha / 2), math.sqrt(n) * abs(mean) / deviation
-    # Of a large shift the other tail is less than 1e-9, and SciPy's function is not a number there.
-    other = nctdtr(n - 1, shift, -critical) if shift < 6 else 0.0
-    return float(1 - nctdtr(n - 1, shift, critical) + other)
+    # Of a large shift the other tail is less than 1e-9, and cdf() is not a number there.
+    other = nct.cdf(-critical, n - 1, shift) if shift < 6 else 0.0
+    return float(nct.sf(critical, n - 1, shift) + other)
 
 
 def seeds_needed(mean: float, deviation: float, power: float = POWER, alpha: float = ALPHA) -> int | None:

@@ -1,5 +1,7 @@
 """Intervals, paired tests and powers against scipy's."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -69,6 +71,14 @@ def test_the_seeds_needed_are_the_fewest_with_the_power_and_a_simulation_agrees(
     draws = np.random.default_rng(0).normal(0.5, 1.0, (20_000, needed))
     assert (stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.015)
     assert seeds_needed(-0.5, 1.0) == 34 and seeds_needed(100.0, 1.0) == 2 and seeds_needed(1e-6, 1.0) is None
+
+
+@pytest.mark.parametrize("effect", [*(i / 50 for i in range(1, 160)), 5.0, 50.0, 1e5])
+def test_more_seeds_never_have_less_power_and_the_search_finds_the_fewest(effect):
+    powers = [power_of(n, effect, 1.0) for n in [*range(2, 40), *(40 * 2**i // 10 * 10 for i in range(1, 8)), 10_000]]
+    assert all(0 <= a <= b + 1e-9 <= 1 + 1e-8 for a, b in itertools.pairwise(powers))
+    needed = seeds_needed(effect, 1.0)
+    assert needed is None or needed == 2 or power_of(needed - 1, effect, 1.0) < 0.8 <= power_of(needed, effect, 1.0)
 
 
 def test_pairs_that_are_all_equal_and_single_pairs():
