@@ -225,6 +225,9 @@ def _check_lists(lists: dict[str, list[Tensor]]) -> None:
         if [t.shape for t in values] != shapes:
             i, shape = next((i, t.shape) for i, t in enumerate(values) if t.shape != shapes[i])
             raise ValueError(f"{other}[{i}]: expected the shape of {name}[{i}], {tuple(shapes[i])}; got {tuple(shape)}")
+        if {t.layout for t in values} - {torch.strided}:
+            i, wrong = next((i, t.layout) for i, t in enumerate(values) if t.layout != torch.strided)
+            raise ValueError(f"{other}[{i}]: expected a dense tensor; got one of layout {wrong}")
         if {t.device for t in values} - {device}:
             i, wrong = next((i, t.device) for i, t in enumerate(values) if t.device != device)
             raise ValueError(f"{other}[{i}]: expected the device of {name}[0], {device}; got {wrong}")

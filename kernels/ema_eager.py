@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .dispatch import may_read
 from .strides import is_dense, same_order
@@ -44,6 +45,7 @@ def sgd_ema_step(
             maximize=False,
             is_first_step=False,  # zeroed momentum gives the same first step, and no step is then a special case
         )
+        increment_version([t for i in group for t in (params[i], momentum_buffers[i])])  # which that operator does not
     if decay is not None:
         ema_update(shadow, params, decay)
 

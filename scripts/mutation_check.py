@@ -84,7 +84,7 @@ FAULTS = {
         ("gate: the squeeze has no part in the batch norm's sums", "q[c] += g * p[c] + m * x[c]", "q[c] += g * p[c]"),
     ],
     ("kernels/native/update.c", "tests/kernels/test_native_update.py"): [
-        ("update: weights do not decay", "g[i] + decay * p[i]", "g[i]"),
+        ("update: weights do not decay", "? g[i] + decay * p[i] :", "? g[i] :"),
         ("update: Nesterov's momentum is plain", "nesterov ? slope + momentum * velocity : velocity", "velocity"),
         ("update: the last elements are no thread's", "total * (me + 1) / team", "total / team * (me + 1)"),
         ("update: an average that should be the weights is nearly so", "share < 0.5f ?", "share <= 1.0f ?"),

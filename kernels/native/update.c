@@ -40,7 +40,8 @@ void update_sgd(const int64_t *addresses, const int64_t *sizes, const float *dec
         const float *restrict g = (const float *)addresses[count + k];
         const float decay = decays[k];
         for (int64_t i = r.begin; i < r.end; i++) {
-            const float slope = g[i] + decay * p[i], velocity = momentum * m[i] + slope;
+            const float slope = decay ? g[i] + decay * p[i] : g[i]; /* 0 * infinity is not a number */
+            const float velocity = momentum * m[i] + slope;
             const float now = p[i] - rate * (nesterov ? slope + momentum * velocity : velocity);
             m[i] = velocity;
             p[i] = now;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,11 @@ def unfit(*lists: Sequence[Tensor]) -> str:
         if not same_order(*tensors):
             return "the tensors of a parameter lie in memory in different orders"
         if not is_dense(tensors[0]):
-            return "the elements of a tensor lie in memory with gaps"
+            return "a tensor is neither contiguous nor in channels_last"
+    # Threads take elements by their number, and would write one that has two at the same time.
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for tensors in lists for t in tensors if t.numel())
+    if any(start < end for (_, end), (start, _) in itertools.pairwise(spans)):
+        return "two tensors of the lists share memory"
     return ""
 
 
@@ -42,7 +47,7 @@ def sgd_step(
 
     :func:`unfit` has found nothing against the lists but ``grads``, which are copied where they do not fit.
     """
-    grads = [g if not unfit([p], [g]) else torch.empty_like(p).copy_(g) for p, g in zip(params, grads, strict=True)]
+    grads = [g if _fits(p, g) else torch.empty_like(p).copy_(g) for p, g in zip(params, grads, strict=True)]
     share = 0.0 if decay is None else 1.0 - float(decay)
     run(
         "update_sgd",
@@ -55,6 +60,10 @@ def sgd_step(
         has_average=int(bool(shadow)),
     )
     increment_version([*params, *momentum_buffers, *shadow])  # as every operator does that writes in place
+
+
+def _fits(p: Tensor, g: Tensor) -> bool:
+    return type(g) is Tensor and g.dtype == torch.float32 and same_order(p, g)
 
 
 def average_step(shadow: Sequence[Tensor], params: Sequence[Tensor], decay: Tensor) -> None:

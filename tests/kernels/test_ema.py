@@ -314,6 +314,10 @@ ONE = torch.ones(2)
             ),
             r"params\[0\]: expected a tensor whose elements do not share memory.*strides \(1, 1\)",
         ),
+        (
+            lambda: sgd_ema_step([ONE], [ONE.to_sparse()], [ONE], None, LR, 0.9, 0.0, None),
+            r"grads\[0\]: expected a dense tensor; got one of layout torch.sparse_coo",
+        ),
         (lambda: ema_update([ONE], [ONE], 0.5), "decay: expected a floating-point tensor"),
         (lambda: ema_update([ONE], [ONE], torch.ones(1)), "decay: expected a floating-point tensor"),
         (lambda: sgd_ema_step([ONE], [], [ONE], None, torch.tensor(0.1), 0.9, 0.0, None), "grads: expected 1"),

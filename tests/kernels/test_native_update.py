@@ -102,16 +102,32 @@ def test_nan_and_infinity_stay_where_they_belong():
         assert finite.sum() == 98 and part[0][17].isnan() and part[0][40].isinf()
 
 
-def test_autograd_sees_what_is_written():
-    """As after PyTorch's operators: a graph that saved the weights refuses to go back through the new ones."""
-    weight = torch.randn(3, requires_grad=True)
+@pytest.mark.parametrize("impl", ["native", "eager"])
+def test_autograd_sees_what_is_written(impl):
+    """A graph that saved the weights refuses to go back through the new ones."""
+    weight, momentum, shadow = torch.randn(3, requires_grad=True), torch.zeros(3), torch.ones(3)
     loss = (weight * weight).sum()
-    sgd_ema_step([weight], [torch.ones(3)], [torch.zeros(3)], None, torch.tensor(0.1), 0.9, 0.0, None, impl="native")
+    sgd_ema_step([weight], [torch.ones(3)], [momentum], None, torch.tensor(0.1), 0.9, 0.0, None, impl=impl)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    shadow = torch.ones(3)
-    ema_update([shadow], [weight.detach()], torch.tensor(0.5), impl="native")
-    assert shadow._version == 1
+    ema_update([shadow], [weight.detach()], torch.tensor(0.5), impl=impl)
+    assert momentum._version == shadow._version == 1
+
+
+@pytest.mark.parametrize("impl", ["auto", "eager"])
+def test_a_tensor_that_stands_twice_is_updated_twice(impl):
+    shadow, params = torch.ones(200_003), torch.full((200_003,), 2.0)
+    ema_update([shadow] * 4, [params] * 4, torch.tensor(0.5), impl=impl)
+    assert shadow.eq(1.9375).all()
+    with pytest.raises(RuntimeError, match="two tensors of the lists share memory"):
+        ema_update([shadow[:9], shadow[8:]], [params[:9], params[8:]], torch.tensor(0.5), impl="native")
+
+
+@pytest.mark.parametrize("impl", ["native", "eager"])
+def test_an_infinite_weight_that_does_not_decay_has_no_part_in_its_gradient(impl):
+    weight, momentum = torch.full((5,), float("inf")), torch.zeros(5)
+    sgd_ema_step([weight], [torch.ones(5)], [momentum], None, torch.tensor(0.1), 0.9, 0.0, None, impl=impl)
+    assert momentum.eq(1).all() and weight.isinf().all()
 
 
 def test_neither_the_default_dtype_nor_the_default_device_matters():
@@ -132,7 +148,7 @@ def test_neither_the_default_dtype_nor_the_default_device_matters():
         (torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64), "it is written for float32, and .*64"),
         (torch.ones(2), torch.ones(2).bfloat16(), "it is written for float32, and a tensor is torch.bfloat16"),
         (torch.ones(2, 3, 2, 2), laid_out(torch.ones(2, 3, 2, 2)), "lie in memory in different orders"),
-        (torch.ones(4)[::2], torch.ones(4)[::2], "lie in memory with gaps"),
+        (torch.ones(4)[::2], torch.ones(4)[::2], "a tensor is neither contiguous nor in channels_last"),
         (torch.ones(2, device="meta"), torch.ones(2, device="meta"), "the device type is 'meta'"),
     ],
     ids=["float64", "bfloat16", "order", "gaps", "device"],
