@@ -31,7 +31,10 @@ from rsengine.study.runner import Place, run_trials
 from rsengine.study.tables import write_markdown
 from rsengine.study.workers import Worker, share_out
 
-EXAMPLE = "example: %(prog)s label-smoothing --data digits --model digits --seeds 3 --epochs 2 --out studies/first"
+EXAMPLE = (
+    "example, a minute long: %(prog)s label-smoothing --data digits --model digits --seeds 2 --epochs 5 "
+    "--set train.batch_size=64 --set schedule.learning_rate=0.1"
+)
 
 
 def main(argv: list[str] | None = None) -> int:

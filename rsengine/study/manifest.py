@@ -16,7 +16,7 @@ from typing import Any
 from rsengine.checked import Field, FieldError
 from rsengine.config import Recipe, RecipeError
 from rsengine.data import Dataset, identity_of
-from rsengine.run.files import write_atomically
+from rsengine.run.files import METRICS_FILE, write_atomically
 from rsengine.study.file import Study, StudyError, Variant
 from rsengine.study.trials import RECIPES, TRIALS, Trial
 
@@ -106,6 +106,8 @@ def open_manifest(
     else:
         if (folder / TRIALS).exists():
             raise StudyError(f"{folder}: has {TRIALS}/ without a {MANIFEST_FILE}; name another folder with --out")
+        if (folder / METRICS_FILE).exists():
+            raise StudyError(f"{folder}: is the folder of a run, not of a study; name another one with --out")
         manifest = Manifest(study, plan(), data, source_version())
     (folder / TRIALS).mkdir(parents=True, exist_ok=True)
     (folder / RECIPES).mkdir(exist_ok=True)
@@ -172,4 +174,10 @@ def _refuse_other(folder: Path, known: Manifest, study: Study, data: Mapping[str
             refuse(f"another recipe (variant {name}, {differences[0]})".replace(" against ", " there, here "))
     for key in ("budget", "equal", "epochs"):
         if getattr(known.study, key) != getattr(study, key):
-            refuse(f"another budget ({key} {getattr(known.study, key)} there, here {getattr(study, key)})")
+            there, here = (_spelled(getattr(one, key)) for one in (known.study, study))
+            refuse(f"another budget ({key} {there} there, here {here})")
+
+
+def _spelled(value: object) -> str:
+    """A setting of the budget, as its file or its options have it."""
+    return " = ".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)

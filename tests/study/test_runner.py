@@ -191,7 +191,7 @@ def test_the_time_left_is_counted_from_the_epochs_that_are_done(tmp_path):
         ),
         (TWO + "[variants.c]\n", DATASET, r"other variants \(a, b\) than these \(a, b, c\)"),
         (TWO, replace(DATASET, identity="b" * 64), r"other data \(toy, 900 \+ 300 images, identity aaaaaaaa…\)"),
-        ("budget = {epochs = 3}\n" + TWO, DATASET, r"another budget \(budget None there, here \('epochs', 3\)\)"),
+        ("budget = {epochs = 3}\n" + TWO, DATASET, r"another budget \(budget none there, here epochs = 3\)"),
         ('equal = "time"\n' + TWO, DATASET, "another budget"),
     ],
 )
@@ -231,6 +231,13 @@ def test_trials_without_a_manifest_are_left_alone(tmp_path):
     (tmp_path / "trials").mkdir()
     with pytest.raises(StudyError, match="has trials/ without a study.json"):
         opened(tmp_path, TWO)
+
+
+def test_the_folder_of_a_run_is_left_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(StudyError, match="is the folder of a run, not of a study; name another one with --out"):
+        opened(tmp_path, TWO)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_the_version_of_the_code_covers_what_trains_and_not_the_studies(monkeypatch, tmp_path):
