@@ -183,19 +183,17 @@ def _sgd_ema_on_host(
     copies: list[Tensor],
     impl: str,
 ) -> None:
-    def unfit() -> str:
-        from .native import update
+    from .native import update
 
+    def unfit() -> str:
         if not momentum:
             return "it is written for SGD with momentum"
-        return update.unfit(params, momentum_buffers, *([shadow] if shadow else []))
+        return update.unfit(params, momentum_buffers, *([shadow] if shadow else []), grads=grads)
 
     chosen = choose_update_on_host("sgd_ema_step", impl, params[0] if params else lr, unfit)
     if chosen == "eager":
         ema_eager.sgd_ema_step(params, grads, momentum_buffers, shadow, lr, momentum, weight_decay, decay, nesterov)
     else:
-        from .native import update
-
         update.sgd_step(params, grads, momentum_buffers, shadow, lr, momentum, weight_decay, decay, nesterov)
     if copies:
         torch._foreach_copy_(copies, params)

@@ -45,7 +45,8 @@ def sgd_ema_step(
             maximize=False,
             is_first_step=False,  # zeroed momentum gives the same first step, and no step is then a special case
         )
-        increment_version([t for i in group for t in (params[i], momentum_buffers[i])])  # which that operator does not
+        for written in (params, momentum_buffers) if momentum else (params,):
+            increment_version([written[i] for i in group])  # for autograd; the fused operator does not
     if decay is not None:
         ema_update(shadow, params, decay)
 

@@ -13,8 +13,12 @@ from ..strides import is_dense, same_order
 from .library import run
 
 
-def unfit(*lists: Sequence[Tensor]) -> str:
-    """Why C cannot have these lists, or nothing. It takes the elements at equal places in memory together."""
+def unfit(*lists: Sequence[Tensor], grads: Sequence[Tensor] = ()) -> str:
+    """Why C cannot have these lists, or nothing. It takes the elements at equal places in memory together.
+
+    Args:
+        grads: gradients, which may be of any dtype and order, because :func:`sgd_step` copies those that do not fit.
+    """
     for tensors in zip(*lists, strict=True):
         for tensor in tensors:
             if type(tensor) not in (Tensor, torch.nn.Parameter):
@@ -25,8 +29,8 @@ def unfit(*lists: Sequence[Tensor]) -> str:
             return "the tensors of a parameter lie in memory in different orders"
         if not is_dense(tensors[0]):
             return "a tensor is neither contiguous nor in channels_last"
-    # Threads take elements by their number, and would write one that has two at the same time.
-    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for tensors in lists for t in tensors if t.numel())
+    # Threads divide the elements of the lists, so two of them could use the same memory at the same time.
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for tensors in (*lists, grads) for t in tensors if t.numel())
     if any(start < end for (_, end), (start, _) in itertools.pairwise(spans)):
         return "two tensors of the lists share memory"
     return ""

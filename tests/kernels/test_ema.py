@@ -167,6 +167,12 @@ def test_every_list_but_the_average_in_fewer_bits(dtype, momentum):
         assert_close(lists[3][i], 0.9 * start[3] + 0.1 * lists[0][i].double(), scale=4)
 
 
+def test_without_momentum_autograd_sees_the_weights_change_and_not_the_buffers():
+    p, m = torch.ones(3), torch.zeros(3)
+    sgd_ema_step([p], [torch.ones(3)], [m], None, torch.tensor(0.1), 0.0, 0.0, None)
+    assert (p._version, m._version) == (1, 0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_float32_average_of_parameters_in_fewer_bits(dtype):
     params, shadow = tensors(dtype, 0), tensors(torch.float32, 1)

@@ -123,6 +123,14 @@ def test_a_tensor_that_stands_twice_is_updated_twice(impl):
         ema_update([shadow[:9], shadow[8:]], [params[:9], params[8:]], torch.tensor(0.5), impl="native")
 
 
+def test_a_gradient_in_the_memory_of_a_weight_is_refused():
+    """One thread could write the weight before another has read it as a gradient."""
+    weights, momentum = [torch.ones(9), torch.ones(9)], [torch.zeros(9), torch.zeros(9)]
+    rates = torch.tensor(0.1), 0.9, 0.0, None
+    with pytest.raises(RuntimeError, match="two tensors of the lists share memory"):
+        sgd_ema_step(weights, [torch.ones(9), weights[0]], momentum, None, *rates, impl="native")
+
+
 @pytest.mark.parametrize("impl", ["native", "eager"])
 def test_an_infinite_weight_that_does_not_decay_has_no_part_in_its_gradient(impl):
     weight, momentum = torch.full((5,), float("inf")), torch.zeros(5)
