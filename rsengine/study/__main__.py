@@ -32,8 +32,8 @@ from rsengine.study.tables import write_markdown
 from rsengine.study.workers import Worker, share_out
 
 EXAMPLE = (
-    "example, a minute long: %(prog)s label-smoothing --data digits --model digits --seeds 2 --epochs 5 "
-    "--set train.batch_size=64 --set schedule.learning_rate=0.1"
+    "example: %(prog)s label-smoothing --data digits --model digits --seeds 2 --epochs 5 "
+    "--set train.batch_size=64 --set schedule.learning_rate=0.1 (a minute long)"
 )
 
 
