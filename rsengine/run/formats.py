@@ -7,6 +7,7 @@ from numbers import Real
 from typing import Any
 
 NONE = "–"
+NO_SPREAD = "no spread"  # in place of an interval, where results are equal
 
 
 def number(value: Any) -> float | None:

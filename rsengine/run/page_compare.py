@@ -13,8 +13,8 @@ from rsengine.config import Recipe
 from rsengine.data.errors import UserError
 from rsengine.output import counted
 from rsengine.run.files import METRICS_FILE, RECIPE_FILE
-from rsengine.run.formats import NONE, count, fixed, number, percent
-from rsengine.run.intervals import student_interval
+from rsengine.run.formats import NO_SPREAD, NONE, count, fixed, number, percent
+from rsengine.run.intervals import deviation, student_interval
 from rsengine.run.log import EPOCH, INTERVAL, START, RunLog, accuracy
 from rsengine.run.page import COLOURS, TOOLS, Chart, Line, Markup, Section, document, note, shortened, table, tag
 from rsengine.run.page_run import flat, setting, standard_error
@@ -100,14 +100,13 @@ class Group:
     @property
     def spread(self) -> float | None:
         """The standard deviation over seeds; None for fewer than two."""
-        return statistics.stdev(self.seeds) if len(self.seeds) > 1 else None
+        return deviation(self.seeds)
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """The 95 % confidence interval of the mean over seeds, by Student's t, in [0, 1]; None for fewer than two, and
         for seeds with one result, which tell nothing of others."""
-        interval = student_interval(self.seeds) if self.spread else None
-        return interval and (max(0.0, interval[0]), min(1.0, interval[1]))
+        return student_interval(self.seeds, bounds=(0.0, 1.0))
 
 
 def read_run(folder: Path, label: str) -> Run:
@@ -254,7 +253,7 @@ def _results(groups: Sequence[Group]) -> Iterator[Markup]:
         spread = NONE if group.spread is None else f"{100 * group.spread:.2f}"
         interval = " to ".join(map(percent, group.interval)) if group.interval else NONE
         if group.spread == 0:
-            interval = "no spread"
+            interval = NO_SPREAD
         seconds = [run.epochs[-1]["seconds"] for run in group.runs if run.finished]
         time = statistics.fmean(seconds) if seconds else None
         words = shortened(described(group, groups), 160)

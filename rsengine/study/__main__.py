@@ -17,6 +17,7 @@ from rsengine.errors import run_command
 from rsengine.output import add_output_options, escaped, program, speaker
 from rsengine.run.files import remove_leftovers
 from rsengine.run.folder import RUNS, locked, make_folder
+from rsengine.run.formats import NO_SPREAD
 from rsengine.run.progress import duration
 from rsengine.study.budget import planned
 from rsengine.study.file import Changes, Study, StudyError, load_study, study_names
@@ -145,6 +146,8 @@ def _line(each: VariantResult) -> str:
     words = f"{each.variant.name}: {each.summary.mean:.2%}, n = {each.summary.n}"
     if each.summary.interval:
         words += f", 95% interval {each.summary.interval[0]:.2%} to {each.summary.interval[1]:.2%}"
+    elif each.summary.n > 1:
+        words += f", {NO_SPREAD} between the seeds"
     difference = each.difference
     if difference is None:
         return words
@@ -152,6 +155,8 @@ def _line(each: VariantResult) -> str:
     if difference.interval:
         low, high = difference.interval
         words += f" ({100 * low:+.2f} to {100 * high:+.2f}{'' if difference.is_resolved else ', not resolved'})"
+    elif difference.n > 1:
+        words += f" ({NO_SPREAD} between the seeds)"
     return words
 
 

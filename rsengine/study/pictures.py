@@ -98,7 +98,9 @@ def draw_intervals(results: Sequence[VariantResult], path: Path) -> None:
         for axes, words in ((left, "Test accuracy (%)"), (right, "Paired difference (percentage points)")):
             axes.set_xlabel(words)
             axes.grid(True, axis="x")
-        words = "Small dots: seeds; large dot: mean; bar: 95 % interval of the mean; diamond: reported"
+        words = "Small dots: seeds; large dot: mean; bar: 95 % interval of the mean"
+        if any(value is not None for each in results for value in (each.variant.accuracy, each.variant.difference)):
+            words += "; diamond: reported"
         left.set_title(words, loc="left", fontsize=10)
         save_figure(figure, path)
 

@@ -23,7 +23,7 @@ from rsengine.study.statistics import Difference, Summary, paired, summary
 from rsengine.study.trials import DONE, Outcome, Trial
 
 CSV_FILE, JSON_FILE, MARKDOWN_FILE, PAGE_FILE = "results.csv", "results.json", "results.md", "results.html"
-CALIBRATION = ("ece", "brier")
+CALIBRATION = {"ece": (0.0, 1.0), "brier": (0.0, 2.0)}  # and their bounds
 _WARNING = "warning: "  # how such a line of a run begins
 
 
@@ -102,14 +102,14 @@ def _variant(
     values = accuracies[variant.name]
     raw, ema = (_final(own, lambda record, key=key: record.get(key)) for key in ("test_accuracy", "test_accuracy_ema"))
     calibration = {}
-    for name in CALIBRATION:
+    for name, bounds in CALIBRATION.items():
         by_seed, reference = (_calibrations(trials.get(each, ()), name) for each in (variant.name, variant.reference))
-        calibration[name] = _summary(by_seed), paired(by_seed, reference) if variant.reference else None
+        calibration[name] = _summary(by_seed, bounds), paired(by_seed, reference) if variant.reference else None
     return VariantResult(
         variant=variant,
         trials=own,
         accuracy=values,
-        summary=_summary(values),
+        summary=_summary(values, (0.0, 1.0)),
         difference=paired(values, accuracies[variant.reference]) if variant.reference else None,
         ema=paired(ema, raw) if ema else None,
         calibration=calibration,
@@ -121,8 +121,8 @@ def _calibrations(trials: Sequence[TrialResult], name: str) -> dict[int, float]:
     return {seed: value for seed, value in found.items() if value is not None}
 
 
-def _summary(values: Mapping[int, float]) -> Summary | None:
-    return summary([values[seed] for seed in sorted(values)]) if values else None
+def _summary(values: Mapping[int, float], bounds: tuple[float, float]) -> Summary | None:
+    return summary([values[seed] for seed in sorted(values)], bounds) if values else None
 
 
 def codes(results: Sequence[VariantResult]) -> list[str]:

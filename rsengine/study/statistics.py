@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rsengine.run.intervals import student_interval
+from rsengine.run.intervals import deviation, student_interval
 
 ALPHA, POWER = 0.05, 0.8
 FEW = 10  # pairs below which the interval is Student's t, and the bootstrap's stands beside it
@@ -24,7 +24,8 @@ MOST_SEEDS = 10_000
 
 @dataclass(frozen=True)
 class Summary:
-    """Results of one variant over its seeds. ``interval``: 95 %, of the mean, by Student's t; None for one seed."""
+    """Results of one variant over its seeds. ``interval``: 95 %, of the mean, by Student's t; None for one seed, and
+    for results that are all equal."""
 
     n: int
     mean: float
@@ -38,10 +39,10 @@ class Difference:
 
     Attributes:
         n, mean, deviation: of the differences of the pairs.
-        student, bootstrap: 95 % confidence intervals of the mean.
+        student, bootstrap: 95 % confidence intervals of the mean; None for one pair, and for pairs that are all equal.
         p: one-sided, of Student's paired test: how likely a mean so high or higher would be if the variant were no
             better. None where it is not defined: fewer than two pairs, or pairs that are all equal.
-        is_resolved: whether the interval leaves 0 out.
+        is_resolved: whether there is an interval that leaves 0 out.
         needed: the pairs with which a paired test at level 0.05, two-sided, would find a difference like this one with
             power 0.8, if its mean and deviation are the true ones; None where it is resolved, or none would do.
     """
@@ -61,11 +62,10 @@ class Difference:
         return self.student if self.n < FEW else self.bootstrap
 
 
-def summary(values: Sequence[float]) -> Summary:
-    """``values``: one a seed, one or more."""
-    n = len(values)
-    deviation = statistics.stdev(values) if n > 1 else None
-    return Summary(n, statistics.fmean(values), deviation, student_interval(values))
+def summary(values: Sequence[float], bounds: tuple[float, float] = (-math.inf, math.inf)) -> Summary:
+    """``values``: one a seed, one or more, all within ``bounds``."""
+    interval = student_interval(values, bounds=bounds)
+    return Summary(len(values), statistics.fmean(values), deviation(values), interval)
 
 
 def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
@@ -86,9 +86,9 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Diffe
 
 
 def bootstrap_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
-    """The percentile bootstrap interval of the mean (Efron, 1979), the same for the same values; None for fewer than
-    two. With few values it is too narrow."""
-    if len(values) < 2:
+    """The percentile bootstrap interval of the mean (Efron, 1979), the same for the same values; None where
+    :func:`student_interval` is. With few values it is too narrow."""
+    if not deviation(values):
         return None
     sample = np.asarray(values, np.float64)
     rng = np.random.default_rng(0)
@@ -125,8 +125,5 @@ def seeds_needed(mean: float, deviation: float, power: float = POWER, alpha: flo
 def _one_sided(differences: Sequence[float]) -> float | None:
     from scipy.special import stdtr
 
-    n = len(differences)
-    deviation = statistics.stdev(differences) if n > 1 else 0.0
-    if not deviation:
-        return None
-    return float(stdtr(n - 1, -statistics.fmean(differences) / deviation * math.sqrt(n)))
+    n, spread = len(differences), deviation(differences)
+    return float(stdtr(n - 1, -statistics.fmean(differences) / spread * math.sqrt(n))) if spread else None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rsengine.output import escaped
 from rsengine.run.files import write_atomically
-from rsengine.run.formats import NONE, fixed
+from rsengine.run.formats import NO_SPREAD, NONE, fixed
 from rsengine.study.manifest import Manifest
 from rsengine.study.pictures import CURVES_FILE, INTERVALS_FILE
 from rsengine.study.results import MARKDOWN_FILE, VariantResult, codes
@@ -139,9 +139,7 @@ def _calibration(results: Sequence[VariantResult]) -> Table:
 def _summarised(known: Summary | None, scale: float, digits: int) -> list[str]:
     if known is None:
         return [NONE] * 3
-    interval = NONE
-    if known.interval:
-        interval = " to ".join(fixed(scale * value, digits) for value in known.interval)
+    interval = _interval(known, known.interval, lambda value: fixed(scale * value, digits))
     deviation = NONE if known.deviation is None else fixed(scale * known.deviation, digits)
     return [fixed(scale * known.mean, digits), deviation, interval]
 
@@ -150,12 +148,17 @@ def _compared(known: Difference | None) -> list[str]:
     if known is None:
         return ["0", *[NONE] * 5]
     intervals = [
-        " to ".join(_signed(value, 100, 2) for value in pair) if pair else NONE
-        for pair in (known.student, known.bootstrap)
+        _interval(known, pair, lambda value: _signed(value, 100, 2)) for pair in (known.student, known.bootstrap)
     ]
     p = NONE if known.p is None else f"{known.p:.4f}" if known.p >= 0.0001 else "<0.0001"
     needed = "resolved" if known.is_resolved else _needed(known) if known.deviation else NONE
     return [str(known.n), _signed(known.mean, 100, 2), *intervals, p, needed]
+
+
+def _interval(known: Summary | Difference, interval: tuple[float, float] | None, shown: Callable[[float], str]) -> str:
+    if known.deviation == 0:
+        return NO_SPREAD
+    return " to ".join(map(shown, interval)) if interval else NONE
 
 
 def _needed(known: Difference) -> str:

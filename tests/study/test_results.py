@@ -7,11 +7,13 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 from scipy import stats
 
+from rsengine.run.formats import NONE
 from rsengine.study import manifest as manifest_module
-from rsengine.study.__main__ import write_results
+from rsengine.study.__main__ import _line, write_results
 from rsengine.study.manifest import read_manifest
 from rsengine.study.results import gather
 from rsengine.study.tables import tables
@@ -82,6 +84,26 @@ def test_the_reported_differences_stand_beside_ours(tmp_path):
     assert "## EMA against raw weights" in text and "## Calibration" in text and "error" not in text.split("## Cal")[0]
     for name in ("curves.png", "intervals.png"):
         assert name in text and Image.open(tmp_path / name).size[0] == 1260
+
+
+def test_equal_results_have_no_interval_and_intervals_end_where_accuracies_do(tmp_path, capsys):
+    made(tmp_path, results={"base": [0.7, 0.8, 0.9], "x": [0.8, 0.9, 1.0], "y": [1.0, 1.0, 1.0]})
+    base, x, y = table_of(tmp_path, "Test accuracy")[1:]
+    assert base[-1] == "55.16 to 100.00" and x[-1] == "65.16 to 100.00" and y[-2:] == ["0.00", "no spread"]
+    x, y = table_of(tmp_path, "Comparisons")[1:]
+    assert x[3:8] == ["+10.00", "no spread", "no spread", NONE, NONE] and y[7].isdecimal()
+    lines = [_line(each) for each in gather(read_manifest(tmp_path), tmp_path)]
+    assert lines[1].endswith("to 100.00%; +10.00 points against base (no spread between the seeds)")
+    assert lines[2].startswith("y: 100.00%, n = 3, no spread between the seeds; +10.00 points")
+
+
+@pytest.mark.parametrize("reported", [True, False])
+def test_the_picture_names_what_it_shows(tmp_path, reported, monkeypatch):
+    words = []
+    monkeypatch.setattr(Axes, "set_title", lambda axes, text, **_: words.append(text))
+    made(tmp_path, ADDITIVE if reported else ADDITIVE.split("[reported]")[0])
+    assert any("; diamond: reported" in text for text in words) == reported
+    assert any("95 % interval of the mean" in text for text in words)
 
 
 def test_reported_accuracies_stand_beside_ours(tmp_path):

@@ -23,6 +23,8 @@ def test_the_interval_of_a_mean_is_scipys(n):
     assert (found.n, found.mean, found.deviation) == (n, *map(pytest.approx, (np.mean(values), np.std(values, ddof=1))))
     wide = stats.ttest_1samp(values, 0).confidence_interval(0.99)
     assert student_interval(values, 0.99) == pytest.approx((wide.low, wide.high), rel=1e-12)
+    low, high = student_interval(values, bounds=(values[0] - 1e-9, values[0] + 1e-9))
+    assert (low, high) == (max(expected.low, values[0] - 1e-9), min(expected.high, values[0] + 1e-9))
     assert student_interval(values[:1]) is None and summary(values[:1]).deviation is None
 
 
@@ -85,6 +87,13 @@ def test_pairs_that_are_all_equal_and_single_pairs():
     values = {0: 0.5, 1: 0.6}
     same = paired(values, values)
     assert (same.mean, same.deviation, same.p, same.is_resolved, same.needed) == (0.0, 0.0, None, False, None)
+    gained = paired({0: 0.8, 1: 0.6}, {0: 0.7, 1: 0.5})  # by 0.1 each, but for rounding: as likely chance as certainty
+    assert gained.mean == pytest.approx(0.1) and gained.deviation == 0.0
+    assert (gained.interval, gained.bootstrap, gained.p, gained.is_resolved, gained.needed) == (
+        *[None] * 3,
+        False,
+        None,
+    )
     single = paired({0: 0.75}, {0: 0.5, 1: 0.6})
     assert (single.n, single.mean, single.student, single.p) == (1, 0.25, None, None) and not single.is_resolved
     assert paired({0: 0.5}, {1: 0.5}) is None
