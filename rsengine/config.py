@@ -469,7 +469,8 @@ def _replaced(section: Any, values: Mapping[str, Any], prefix: str) -> Any:
     for name, value in values.items():
         if name not in specs:
             first = [] if prefix else ["extends"]  # a key of files, not of recipes
-            raise RecipeError(unknown_key(prefix + name, first + [prefix + known for known in specs]))
+            here, everywhere = first + [prefix + known for known in specs], [key for key, _, _ in _leaves(Recipe())]
+            raise RecipeError(unknown_key(prefix + name, here, everywhere))
         if "check" in specs[name].metadata:
             changes[name] = _checked(prefix + name, specs[name], value)
         elif isinstance(value, Mapping):
@@ -495,12 +496,15 @@ def _checked(key: str, spec: Any, value: Any) -> Any:
         raise RecipeError(f"{key}: expected {error}; got {shown(value)}{nearest}") from None
 
 
-def unknown_key(key: str, known: Iterable[str]) -> str:
-    """What is wrong with a ``key`` that is none of ``known``: a phrase with the nearest of them."""
+def unknown_key(key: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> str:
+    """What is wrong with a ``key`` that is none of ``known``: a phrase with the nearest of them.
+
+    Args:
+        elsewhere: keys of other sections, one of which may be meant where its name is the same.
+    """
     known, key = list(known), key[:200]
-    near = nearest_match(key, known)
-    if not near:  # the right name in the wrong section
-        near = nearest_match(key, [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]], cutoff=0.0)
+    same_name = [k for k in (*known, *elsewhere) if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = nearest_match(key, same_name, cutoff=0.0) or nearest_match(key, known)
     return f"{key if key.strip() else shown(key)}: no such key" + (near or f"; expected one of {', '.join(known)}")
 
 

@@ -84,6 +84,8 @@ def test_frozen_parts_are_those_of_the_network():
     [
         ("train.epoch=3", "train.epoch: no such key; did you mean train.epochs?"),
         ("epochs=3", "did you mean train.epochs?"),
+        ("train.learning_rate=0.1", "train.learning_rate: no such key; did you mean schedule.learning_rate?"),
+        ("optimiser.name=sgd", "optimiser.name: no such key; did you mean optimizer.name?"),
         ("rubbish=3", "rubbish: no such key; expected one of name, comment, model.depth"),
         ("train.epochs=0", "train.epochs: expected an integer >= 1; got 0"),
         ("train.epochs=2.5", "expected an integer"),
@@ -259,6 +261,7 @@ def test_recipes_in_other_encodings_are_named(tmp_path, data, words):
     ("text", "words"),
     [
         ("[train]\nepoch = 3", "train.epoch: no such key; did you mean train.epochs?"),
+        ("[train]\nlearning_rate = 0.1", "train.learning_rate: no such key; did you mean schedule.learning_rate?"),
         ("[trian]\nepochs = 3", "trian: no such key; did you mean train?"),
         ("train = 3", r"train: expected a section \[train\]"),
         ("[train\n", "not valid TOML"),
