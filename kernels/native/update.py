@@ -25,6 +25,8 @@ def unfit(*lists: Sequence[Tensor], grads: Sequence[Tensor] = ()) -> str:
                 return f"a tensor is a {type(tensor).__name__}, which has no memory to pass over"
             if tensor.dtype != torch.float32:
                 return f"it is written for float32, and a tensor is {tensor.dtype}"
+            if tensor.is_inference() and not torch.is_inference_mode_enabled():
+                return "a tensor is of inference mode, outside of which nothing may write to it"
         if not same_order(*tensors):
             return "the tensors of a parameter lie in memory in different orders"
         if not is_dense(tensors[0]):

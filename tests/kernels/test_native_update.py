@@ -168,6 +168,17 @@ def test_it_says_what_it_cannot_take(shadow, params, because):
     ema_update([shadow], [params], decay)
 
 
+def test_tensors_of_inference_mode_are_written_in_it_alone():
+    with torch.inference_mode():
+        shadow, params, decay = torch.zeros(2), torch.ones(2), torch.tensor(0.5)
+        ema_update([shadow], [params], decay, impl="native")
+    assert shadow.eq(0.5).all()
+    with pytest.raises(RuntimeError, match="outside of which nothing may write to it"):
+        ema_update([shadow], [params], decay, impl="native")
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode"):
+        ema_update([shadow], [params], decay)
+
+
 def test_without_momentum_it_is_eager():
     p, g, m = ([torch.ones(3)] for _ in range(3))
     with pytest.raises(RuntimeError, match="'native' cannot run sgd_ema_step here, because it is written for SGD with"):
