@@ -25,8 +25,13 @@ from rsengine.run.log import RunLog
 BASELINES = ("timm-resnetrs50", "report-4")  # stopped by the clock; rsengine's own recipes have as many epochs as fit
 
 
-def commands(out: Path, data: str | None, seeds: Sequence[int]) -> dict[str, list[str]]:
-    """The command of each run, by name; it resumes a run that has a checkpoint under ``out``."""
+def commands(out: Path, data: str | None, seeds: Sequence[int], label: str = "") -> dict[str, list[str]]:
+    """The command of each run, by name; it resumes a run that has a checkpoint under ``out``.
+
+    Args:
+        label: where it is not empty, the part of a name behind the recipe's.
+    """
+    end = f"-{label}" if label else ""
 
     def command(module: str, name: str, *options: str) -> list[str]:
         source = ["--data", data] if data else []
@@ -36,10 +41,13 @@ def commands(out: Path, data: str | None, seeds: Sequence[int]) -> dict[str, lis
         resumed = (out / name / CHECKPOINT_FILE).exists()
         return command("rsengine.train", name, *(["--resume"] if resumed else ["--recipe", recipe, *options]))
 
-    found = {name: recipe("speedrun", name, "--seed", str(seed)) for seed in seeds for name in [f"speedrun-seed{seed}"]}
-    found["timm-resnetrs50"] = command("bench.speedrun.timm", "timm-resnetrs50")  # goes on by itself
-    found["report-4"] = recipe("report-4", "report-4")
-    found["speedrun-94"] = recipe("speedrun-94", "speedrun-94")
+    found = {}
+    for seed in seeds:
+        name = f"speedrun{end}-seed{seed}"
+        found[name] = recipe("speedrun", name, "--seed", str(seed))
+    found[f"timm-resnetrs50{end}"] = command("bench.speedrun.timm", f"timm-resnetrs50{end}")  # goes on by itself
+    for name in ("report-4", "speedrun-94"):
+        found[name + end] = recipe(name, name + end)
     return found
 
 
@@ -72,9 +80,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/speedrun"), help="folder of the runs (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", metavar="RUN", help="some of the runs, by their names in test_set.jsonl")
+    parser.add_argument(
+        "--label", default="", help="joined to the names, so that no run of another processor gives way"
+    )
     parser.add_argument("--minutes", type=float, default=60.0, help="longest run of a baseline (default: %(default)g)")
     arguments = parser.parse_args()
-    known = commands(arguments.out, arguments.data, arguments.seeds)
+    known = commands(arguments.out, arguments.data, arguments.seeds, arguments.label)
     unknown = set(arguments.only or []) - set(known)
     if unknown:
         parser.error(f"--only: expected some of {', '.join(known)}; got {', '.join(sorted(unknown))}")
@@ -83,7 +94,7 @@ def main() -> int:
             continue
         print(f"{name}: {shlex.join(command)}", flush=True)
         folder = arguments.out / name
-        status = run(command, folder, seconds=60 * arguments.minutes if name in BASELINES else math.inf)
+        status = run(command, folder, seconds=60 * arguments.minutes if name.startswith(BASELINES) else math.inf)
         if status not in (0, 128 + signal.SIGINT):
             return status
         finished = runs.read(folder)

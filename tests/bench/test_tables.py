@@ -281,6 +281,9 @@ def test_the_speedruns_commands_are_those_of_the_entry_points(tmp_path):
         *("-m", "rsengine.train", "--data", "data", "--out", str(tmp_path / "speedrun-seed1")),
         *("--recipe", "speedrun", "--seed", "1"),
     ]
+    labelled = speedrun.commands(tmp_path, None, [0], "amx")
+    assert list(labelled) == ["speedrun-amx-seed0", "timm-resnetrs50-amx", "report-4-amx", "speedrun-94-amx"]
+    assert all(name in command[4] for name, command in labelled.items())
     (tmp_path / "report-4").mkdir()
     (tmp_path / "report-4" / "checkpoint.pt").touch()
     assert speedrun.commands(tmp_path, None, ())["report-4"][3:] == ["--out", str(tmp_path / "report-4"), "--resume"]
