@@ -135,7 +135,8 @@ def text(results: dict[str, list[tuple[Point, dict]]]) -> str:
     lines = [
         HEADING,
         "",
-        f"`python -m bench.scaling`: {about}; {packages}. ResNet-RS, stem 32, stride 2, the default step; medians of "
+        f"`python -m bench.scaling`: {about}; {packages}. ResNet-RS, stem 32, stride 2, the default step at batch "
+        f"{START.batch}, but of {AXES['depth'][0].batch} for depth and {AXES['size'][0].batch} for size; medians of "
         f"{STEPS} steps. Peak memory is that of the whole process, libraries included; start is from the command to "
         "the end of the first step.",
         "",

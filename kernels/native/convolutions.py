@@ -29,7 +29,7 @@ def available() -> tuple[bool, bool, str]:
     if not number("convolution_prepare"):
         return False, False, "the system does not let this process use AMX"
     if not number("convolution_has_tiles"):
-        return False, True, "the processor has AVX512_BF16 and no AMX, and layer by layer is as fast there"
+        return False, True, "the processor has AVX512_BF16 and no AMX, and layer by layer is about as fast there"
     return True, True, f"the processor has AMX; {reason}"
 
 
