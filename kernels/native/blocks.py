@@ -181,6 +181,9 @@ def _as_it_is(like: Tensor) -> Gradient:
     return Gradient(torch.ones_like(like), zero, zero)
 
 
+_SAVED = object()  # stands where a tensor was
+
+
 def _save(ctx, values: object) -> None:
     """Save the tensors in nested lists and named tuples, as autograd asks for, and where they were."""
     tensors: list[Tensor] = []
@@ -188,30 +191,26 @@ def _save(ctx, values: object) -> None:
     def taken(value: object) -> object:
         if isinstance(value, Tensor):
             tensors.append(value)
-            return _Place(len(tensors) - 1)
+            return _SAVED
         if isinstance(value, tuple):
-            return type(value)(*map(taken, value))
-        return [taken(each) for each in value] if isinstance(value, list) else value
+            return value._make(map(taken, value))
+        return list(map(taken, value)) if isinstance(value, list) else value
 
     ctx.values = taken(values)
     ctx.save_for_backward(*tensors)
 
 
 def _saved(ctx) -> object:
-    tensors = ctx.saved_tensors
+    tensors = iter(ctx.saved_tensors)
 
     def put(value: object) -> object:
-        if isinstance(value, _Place):
-            return tensors[value.index]
+        if value is _SAVED:
+            return next(tensors)
         if isinstance(value, tuple):
-            return type(value)(*map(put, value))
-        return [put(each) for each in value] if isinstance(value, list) else value
+            return value._make(map(put, value))
+        return list(map(put, value)) if isinstance(value, list) else value
 
     return put(ctx.values)
-
-
-class _Place(NamedTuple):
-    index: int
 
 
 def _convolve(

@@ -137,14 +137,20 @@ def run(name: str, **arguments: Tensor | int | None) -> None:
             in channels_last if it is a map.
     """
     arguments["threads"] = torch.get_num_threads()
-    parameters = _parameters()[name]
+    function, parameters = _function(name)
     if arguments.keys() != parameters.keys():
         wrong = ", ".join(sorted(arguments.keys() ^ parameters.keys()))
         raise TypeError(f"{name}: expected {', '.join(parameters)}; missing or unknown: {wrong}")
-    function = getattr(load()[0], name)
-    if function.argtypes is None:
-        function.argtypes = [ctypes.c_void_p if dtype else ctypes.c_int64 for dtype in parameters.values()]
-    function(*[_argument(name, key, dtype, arguments[key]) for key, dtype in parameters.items()])
+    converted = []  # a step of a large network converts six thousand
+    for parameter, dtype in parameters.items():
+        value = arguments[parameter]
+        if dtype is None:
+            if type(value) is not int or not 0 <= value < 2**62:
+                raise TypeError(f"{name}: {parameter}: expected a whole number; got {value!r}")
+        elif value is not None:
+            value = _address(name, parameter, dtype, value)
+        converted.append(value)
+    function(*converted)
 
 
 def number(name: str) -> int:
@@ -152,6 +158,14 @@ def number(name: str) -> int:
     function = getattr(load()[0], name)
     function.restype = ctypes.c_int64
     return function()
+
+
+@functools.lru_cache(maxsize=64)
+def _function(name: str) -> tuple[Callable[..., None], dict[str, torch.dtype | None]]:
+    """The function ``name`` of the library, and its :func:`_parameters`."""
+    function, parameters = getattr(load()[0], name), _parameters()[name]
+    function.argtypes = [ctypes.c_void_p if dtype else ctypes.c_int64 for dtype in parameters.values()]
+    return function, parameters
 
 
 @functools.lru_cache(maxsize=1)
@@ -166,15 +180,9 @@ def _parameters() -> dict[str, dict[str, torch.dtype | None]]:
     return found
 
 
-def _argument(name: str, parameter: str, dtype: torch.dtype | None, value: Tensor | int | None) -> int | None:
-    if dtype is None:
-        if type(value) is not int or not 0 <= value < 2**62:
-            raise TypeError(f"{name}: {parameter}: expected a whole number; got {value!r}")
-        return value
-    if value is None:
-        return None
-    fits = isinstance(value, Tensor) and value.dtype is dtype and value.is_cpu and value.layout is torch.strided
-    layout = torch.channels_last if fits and value.dim() == 4 else torch.contiguous_format
-    if not fits or not value.is_contiguous(memory_format=layout):
-        raise TypeError(f"{name}: {parameter}: expected dense {dtype} on the CPU; got {_description(value)}")
-    return value.data_ptr()
+def _address(name: str, parameter: str, dtype: torch.dtype, value: Tensor) -> int:
+    if isinstance(value, Tensor) and value.dtype is dtype and value.is_cpu and value.layout is torch.strided:
+        is_map = value.dim() == 4
+        if value.is_contiguous(memory_format=torch.channels_last) if is_map else value.is_contiguous():
+            return value.data_ptr()
+    raise TypeError(f"{name}: {parameter}: expected dense {dtype} on the CPU; got {_description(value)}")
