@@ -2,7 +2,7 @@
 
 The first line of a file is ``{"base": …}``, a whole recipe laid out as in TOML. Each line after it is a run: its
 ``name``; its ``recipe``, only what differs from the base, or null where another engine made the run; and its
-``records``, every line of the ``metrics.jsonl`` that it wrote (:mod:`rsengine.run.log`).
+``records``, every line of the ``metrics.jsonl`` that it wrote (:mod:`rsengine.run.log`), without the data's folder.
 """
 
 from __future__ import annotations
@@ -93,9 +93,16 @@ def add(run: Run, path: Path) -> None:
     for name in sorted(kept):
         recipe = kept[name].recipe
         differences = None if recipe is None else _differences(_values(recipe), _values(base))
-        lines.append({"name": name, "recipe": differences, "records": kept[name].records})
+        lines.append({"name": name, "recipe": differences, "records": list(map(_portable, kept[name].records))})
     text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
     write_atomically(path, text.encode())
+
+
+def _portable(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``record`` without the folder of the data, which is one of the machine where the run was made."""
+    if "data" not in record:
+        return record
+    return {**record, "data": {key: value for key, value in record["data"].items() if key != "folder"}}
 
 
 def _load(path: Path) -> tuple[Recipe | None, list[Run]]:

@@ -210,12 +210,13 @@ def test_a_file_of_runs_gives_back_recipes_and_records(tmp_path):
     assert runs.load(path) == []
     recipes = [Recipe(), Recipe().with_settings(["model.blocks=[1, 2]", "train.seed=3", "comment=é"]), None]
     records = [
-        {"kind": "start", "step": 0, "versions": {"torch": "2"}, "gpus": []},
+        {"kind": "start", "step": 0, "versions": {"torch": "2"}, "gpus": [], "data": {"name": "digits"}},
         {"kind": "epoch", "step": 3, "train_loss": 0.1 + 0.2, "test_loss": None},
     ]
     kept = [runs.Run(name, recipe, records) for name, recipe in zip("bca", recipes, strict=True)]
+    made = [records[0] | {"data": {"name": "digits", "folder": "/home"}}, records[1]]  # the folder is not kept
     for run in kept:
-        runs.add(run, path)
+        runs.add(runs.Run(run.name, run.recipe, made), path)
     assert runs.load(path) == sorted(kept, key=lambda run: run.name)
     assert len(path.read_text(encoding="utf-8").splitlines()) == 4  # the base and three runs
     runs.add(runs.Run("b", recipes[1], records[1:]), path)  # in place of the first
