@@ -254,15 +254,20 @@ def _unfit_for_blocks(x: Tensor, parameters: Sequence[Tensor]) -> str:
         return _blocks_on(x.device.type)[2]
     if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return "it is for autocast in bfloat16, which is off"
-    if x.dtype not in NATIVE_DTYPES or not x.numel():
-        return f"it is written for {' and '.join(map(str, NATIVE_DTYPES))} maps with pixels, and the input is {x.dtype}"
+    if not x.numel():
+        return "the input is empty"
+    if x.dtype not in NATIVE_DTYPES:
+        return f"it is written for {' and '.join(map(str, NATIVE_DTYPES))} maps, and the input is {x.dtype}"
     for tensor in (x, *parameters):
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             return f"a tensor is a {type(tensor).__name__}, which has no memory to pass over"
     for tensor in parameters:
         dense = tensor.dim() == 4 or tensor.is_contiguous()
         if tensor.dtype != torch.float32 or tensor.device != x.device or not dense:
-            return f"it takes float32 parameters that lie as a whole beside the input, and one is {tensor.dtype}"
+            return (
+                "it takes float32 parameters that are contiguous, or in channels_last, on the device of the input, and "
+                f"one is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+            )
     return ""
 
 

@@ -135,23 +135,28 @@ def check_residual(
         raise ValueError(f"shortcut: expected the shape of x, {tuple(x.shape)}; got {tuple(shortcut.shape)}")
     if keep_scale is not None and keep_scale.shape != x.shape[:1]:
         raise ValueError(f"keep_scale: expected ({x.shape[0]},); got {tuple(keep_scale.shape)}")
-    _check_kind(x, shortcut=shortcut, keep_scale=keep_scale)
+    check_kind(x, shortcut=shortcut, keep_scale=keep_scale)
 
 
 def _check(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x: expected floating point (N, C, H, W); got {x.dtype} {tuple(x.shape)}")
-    channels = x.shape[1]
+    check_weights(x, x.shape[1], w1, b1, w2, b2)
+
+
+def check_weights(x: Tensor, channels: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
+    """Raise ``ValueError`` for weights that are not those of so many channels, on the device of ``x``."""
     if w1.dim() != 2 or w1.shape[1] != channels:
         raise ValueError(f"w1: expected (R, {channels}); got {tuple(w1.shape)}")
     hidden = w1.shape[0]
     for name, tensor, shape in (("b1", b1, (hidden,)), ("w2", w2, (channels, hidden)), ("b2", b2, (channels,))):
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected {shape}; got {tuple(tensor.shape)}")
-    _check_kind(x, w1=w1, b1=b1, w2=w2, b2=b2)
+    check_kind(x, w1=w1, b1=b1, w2=w2, b2=b2)
 
 
-def _check_kind(x: Tensor, **others: Tensor | None) -> None:
+def check_kind(x: Tensor, **others: Tensor | None) -> None:
+    """Raise ``ValueError`` for a tensor that is not floating point on the device of ``x``, or has lost its memory."""
     for name, tensor in others.items():
         if tensor is not None and (tensor.device != x.device or not tensor.is_floating_point()):
             raise ValueError(f"{name}: expected floating point on {x.device}; got {tensor.dtype} on {tensor.device}")

@@ -184,5 +184,8 @@ def _address(name: str, parameter: str, dtype: torch.dtype, value: Tensor) -> in
     if isinstance(value, Tensor) and value.dtype is dtype and value.is_cpu and value.layout is torch.strided:
         is_map = value.dim() == 4
         if value.is_contiguous(memory_format=torch.channels_last) if is_map else value.is_contiguous():
-            return value.data_ptr()
+            address = value.data_ptr()
+            if not address and value.numel():  # nobody's memory
+                raise TypeError(f"{name}: {parameter}: its memory was freed; got {_description(value)}")
+            return address
     raise TypeError(f"{name}: {parameter}: expected dense {dtype} on the CPU; got {_description(value)}")

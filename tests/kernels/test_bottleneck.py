@@ -123,6 +123,10 @@ def plain(*arguments, **changes):
     return ConvNorm(*(tensor.float() for tensor in one[:5]), one.stride)._replace(**changes)
 
 
+def floats(*arguments):
+    return [tensor.float() for tensor in excite(*arguments)]
+
+
 @native
 def test_a_second_backward_pass_and_one_without_all_gradients():
     x, layers = torch.randn(4, 16, 5, 5, requires_grad=True), [plain(16, 8), plain(8, 8, 3), plain(8, 16)]
@@ -158,9 +162,9 @@ def test_where_it_cannot_run_it_says_why_and_auto_is_eager():
     for arguments, cast, reason in [
         ((x, layers), False, "autocast in bfloat16, which is off"),
         ((x.half(), layers), True, "the input is torch.float16"),
-        ((x[:0], layers), True, "maps with pixels"),
+        ((x[:0], layers), True, "the input is empty"),
         ((x, halves), True, "one is torch.bfloat16"),
-        ((x, strided), True, "lie as a whole"),
+        ((x, strided), True, r"one is torch.float32 \(8,\) with strides \(2,\) on cpu"),
         ((x.to("meta"), layers), True, "device type is 'meta'"),
     ]:
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
@@ -190,6 +194,62 @@ def test_what_has_no_meaning_is_refused(impl):
             conv_batch_norm_relu(x[0], layers, impl=impl)
         with pytest.raises(ValueError, match="more than one value a channel"):
             conv_batch_norm_relu(x[:1, :, :1, :1], layers, impl=impl)
+        with pytest.raises(ValueError, match="layers: expected at least one"):
+            conv_batch_norm_relu(x, [], impl=impl)
+        with pytest.raises(ValueError, match=r"layers\[0\]: expected a ConvNorm; got tuple"):
+            conv_batch_norm_relu(x, [tuple(layers[0])], impl=impl)
+
+
+BRANCH = [(16, 8), (8, 8, 3), (8, 16)]  # of 16 channels, as x has
+WIDER, STRIDED = [*BRANCH[:2], (8, 24)], [BRANCH[0], (8, 8, 3, 2), BRANCH[2]]
+
+
+@pytest.mark.parametrize("impl", [pytest.param("native", marks=native), "eager", "auto"])
+@pytest.mark.parametrize(
+    ("branch", "options", "words"),
+    [
+        (BRANCH[:2], {}, "layers: expected three; got 2"),
+        ([*BRANCH, (16, 16)], {}, "layers: expected three; got 4"),
+        (WIDER, {}, r"shortcut: expected the shape of the branch, \(2, 24, 5, 5\); got \(2, 16, 5, 5\)"),
+        (STRIDED, {}, r"shortcut: expected the shape of the branch, \(2, 16, 3, 3\); got \(2, 16, 5, 5\)"),
+        (WIDER, {"shortcut": plain(16, 1)}, r"got \(2, 1, 5, 5\)"),
+        (BRANCH, {"shortcut": plain(1, 16)}, r"shortcut: expected a weight \(outputs, 16, k, k\)"),
+        (BRANCH, {"shortcut": plain(16, 16, 1, 3)}, "shortcut: expected a weight .* stride 1 or 2; got .* and 3"),
+        (BRANCH, {"shortcut": plain(16, 16)._replace(beta=torch.zeros(4))}, r"shortcut.beta: expected \(16,\)"),
+        (STRIDED, {"shortcut": plain(16, 16), "pool": 3}, r"got \(2, 16, 2, 2\)"),
+        (BRANCH, {"shortcut": plain(16, 16), "pool": 2}, r"got \(2, 16, 3, 3\)"),
+        (BRANCH, {"pool": 0}, "pool: expected an integer >= 1; got 0"),
+        (BRANCH, {"keep_scale": torch.ones(1)}, r"keep_scale: expected \(2,\); got \(1,\)"),
+        (BRANCH, {"keep_scale": torch.ones(2, 1)}, r"keep_scale: expected \(2,\); got \(2, 1\)"),
+        (BRANCH, {"keep_scale": torch.ones(2).long()}, "keep_scale: expected floating point"),
+        (BRANCH, {"squeeze_excite": floats(16, 4)[:3]}, "squeeze_excite: expected w1, b1, w2 and b2; got 3"),
+        (BRANCH, {"squeeze_excite": floats(8, 4)}, r"w1: expected \(R, 16\); got \(4, 8\)"),
+        (BRANCH, {"squeeze_excite": [*floats(16, 4)[:2], *floats(16, 8)[2:]]}, r"w2: expected \(16, 4\)"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(branch, options, words, impl):
+    """In C they would be read beyond their ends."""
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=words):
+        bottleneck(torch.randn(2, 16, 5, 5), [plain(*arguments) for arguments in branch], impl=impl, **options)
+
+
+@pytest.mark.parametrize("impl", [pytest.param("native", marks=native), "eager"])
+def test_the_output_has_the_dtype_of_autocast_whatever_the_shortcut(impl):
+    for shortcut in (None, plain(16, 16)):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = bottleneck(torch.randn(2, 16, 5, 5), [plain(*a) for a in BRANCH], None, shortcut, impl=impl)
+        assert y.dtype == torch.bfloat16
+    y = bottleneck(torch.randn(2, 16, 5, 5), [plain(*a) for a in BRANCH], floats(16, 4))
+    assert y.dtype == torch.float32
+
+
+@native
+def test_memory_that_was_freed_is_refused():
+    x, layers = torch.randn(2, 16, 5, 5), [plain(*a) for a in BRANCH]
+    with torch.autocast("cpu", torch.bfloat16):
+        x.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match="x: expected a tensor with memory"):
+            bottleneck(x, layers, impl="native")
 
 
 def test_it_is_explained():
