@@ -231,7 +231,10 @@ class TrainSection:
         "auto: FFCV where it can be imported, else stream",
     )
     convolutions: str = _choice(
-        "auto", tuple(PRODUCTS), help="1x1 ones, and 3x3 ones of small maps, as matrix products; auto: on the CPU"
+        "auto",
+        tuple(PRODUCTS),
+        help="products: 1x1 ones, and 3x3 ones of small maps, as matrix products; library: none of them; auto: on the "
+        "CPU whole bottlenecks in C where these run, else products",
     )
     batch_norm: str = _choice(
         "local",

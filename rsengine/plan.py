@@ -17,6 +17,7 @@ from rsengine.data import Dataset, convert, find_dataset
 from rsengine.data.find import NotConverted
 from rsengine.data.sources.open import DIGITS
 from rsengine.device import Execution
+from rsengine.engine.build import explain_layers
 from rsengine.engine.graph import explain_step
 from rsengine.kernels import explain
 from rsengine.output import counted
@@ -29,7 +30,7 @@ from rsengine.trainer import Trainer
 from rsengine.training import Request, UsageError, execution_of, initial_of, of_one_size, recipe_for, recipe_of
 
 WARM_UP, MOST_STEPS, MOST_SECONDS = 3, 8, 5.0  # steps that are not timed; the longest that is measured
-KERNELS = ("batch_norm", "squeeze_excite_residual", "label_smoothed_cross_entropy", "sgd_ema_step")
+KERNELS = ("squeeze_excite_residual", "label_smoothed_cross_entropy", "sgd_ema_step")
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def plan(request: Request, say: Callable[[str], None]) -> Plan:
         except NotConverted as error:
             if error.source != DIGITS:
                 execution = execution_of(request, recipe, say)
-                return Plan(recipe, str(error), _device(request, execution), _kernels(execution))
+                return Plan(recipe, str(error), _device(request, execution), _kernels(request, recipe, execution))
             folder = held.enter_context(temporary_folder("dry-run"))
             dataset = convert(DIGITS, Path(folder) / DIGITS, log=lambda _line: None)
         dataset = of_one_size(dataset)
@@ -129,7 +130,7 @@ def _measured(
         recipe,
         f"{dataset.name}, {counts}, {height}x{width}, {counted(len(dataset.classes), 'class', 'classes')}",
         _device(request, execution),
-        _kernels(execution),
+        _kernels(request, recipe, execution),
         trainer.batches.reason,
         trainer.steps_per_epoch,
         seconds,
@@ -175,6 +176,7 @@ def _device(request: Request, execution: Execution) -> str:
     return f"{execution.reason}; {counted(execution.threads, 'thread')}; {steps}"
 
 
-def _kernels(execution: Execution) -> list[str]:
+def _kernels(request: Request, recipe: Recipe, execution: Execution) -> list[str]:
     kind = execution.device.type
-    return [explain(op, kind) for op in ("bottleneck",) * (kind == "cpu") + KERNELS]
+    layers = explain_layers(recipe, execution, request.compile) if kind == "cpu" else [explain("batch_norm", kind)]
+    return layers + [explain(op, kind) for op in KERNELS]

@@ -17,10 +17,10 @@ from rsengine.data.errors import UserError
 from rsengine.data.find import named_by_environment, variable_of
 from rsengine.data.paths import convert_command
 from rsengine.device import Execution, choose_execution, keep_freed_memory
+from rsengine.engine.build import explain_layers
 from rsengine.engine.compiler import check_compiler, compile_errors
 from rsengine.engine.evaluation import Evaluation
 from rsengine.engine.graph import explain_step
-from rsengine.kernels import explain
 from rsengine.output import counted, program, speaker
 from rsengine.parallel.launch import bind_to_cores, end_with_launcher
 from rsengine.parallel.ranks import ALONE, Ranks, join
@@ -211,7 +211,7 @@ def _train(request: Request, say: Callable[[str], None], held: contextlib.ExitSt
     trainer.watch = tracking.record
 
     resume = resume_command(request, out, ranks)
-    announce(trainer, dataset, explain_step(execution, request.graph, request.compile), say)
+    announce(trainer, dataset, request, say)
     threads = execution.threads if execution.device.type == "cpu" else 1
     with compile_errors() if request.compile else contextlib.nullcontext(), beside_others(threads):
         stopped = trainer.run()
@@ -319,9 +319,10 @@ def execution_of(request: Request, recipe: Recipe, say: Callable[[str], None]) -
     return execution
 
 
-def announce(trainer: Trainer, dataset: Dataset, steps: str, say: Callable[[str], None]) -> None:
+def announce(trainer: Trainer, dataset: Dataset, request: Request, say: Callable[[str], None]) -> None:
     """Say what will be done, how, and why."""
     recipe, execution = trainer.recipe, trainer.execution
+    steps = explain_step(execution, request.graph, request.compile)
     height, width = dataset.image_size
     counts = f"{dataset.train_count:,} train and {counted(dataset.test_count, 'test image')}"
     say(f"data: {dataset.name}, {counts}, {height}x{width}; {trainer.batches.reason}")
@@ -334,7 +335,7 @@ def announce(trainer: Trainer, dataset: Dataset, steps: str, say: Callable[[str]
     busy = is_busy(execution.threads) if alone else ""
     say(f"compute: {execution.reason}; channels_last; {threads}; {steps}" + f"; {busy}" * bool(busy))
     if execution.device.type == "cpu":
-        say(f"layers: {_layers(recipe, execution)}")
+        say(f"layers: {'; '.join(explain_layers(recipe, execution, request.compile, ranks.size))}")
     length = f"{counted(recipe.train.epochs, 'epoch')} of {counted(trainer.steps_per_epoch, 'step')}"
     say(f"run: {recipe.name}, {length}, into {trainer.out}")
     if recipe.train.frozen_parts:
@@ -344,13 +345,6 @@ def announce(trainer: Trainer, dataset: Dataset, steps: str, say: Callable[[str]
             say("frozen: these parts keep their random weights; --init begins with weights that were trained")
     if trainer.resumed:
         say(f"resumed at step {trainer.steps_done} of {trainer.total_steps}")
-
-
-def _layers(recipe: Recipe, execution: Execution) -> str:
-    """Which implementation the layers have on the CPU."""
-    if execution.autocast_dtype == torch.bfloat16 and recipe.train.convolutions == "auto":
-        return explain("bottleneck", "cpu")
-    return explain("batch_norm", "cpu")
 
 
 def _named(recipe: str | Recipe) -> Recipe:

@@ -247,7 +247,7 @@ def test_a_dry_run_says_what_a_run_would_do_and_writes_nothing(place, toy_datase
     assert train_module.main([*arguments, "--epochs", "7"]) == 0
     text = capsys.readouterr().out
     for words in ("epochs = 7", "150 train and 21 test images, 32x32, 3 classes", "device: ", "loader: batches ",
-                  "kernel: batch_norm: ", "for 7 epochs of 9 steps (predicted from 6 steps of "):  # fmt: skip
+                  "kernel: bottleneck", "for 7 epochs of 9 steps (predicted from 6 steps of "):  # fmt: skip
         assert words in text
     assert train_module.main([*arguments, "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
+import torch
 from torch import nn
 
 from rsengine.config import Recipe
@@ -12,6 +13,7 @@ from rsengine.device import Execution
 from rsengine.engine.evaluation import EvaluationStep
 from rsengine.engine.step import TrainStep
 from rsengine.input.resident import ResidentData
+from rsengine.kernels import explain
 from rsengine.model import ResNetRS, resnet_rs
 from rsengine.model.layers import use_products, use_ranks, use_sync_batch_norm
 from rsengine.model.preprocess import Preprocess
@@ -70,3 +72,27 @@ def build_evaluation(
     models = {"raw": step.model} | ({} if step.ema_model is None else {"ema": step.ema_model})
     preprocess = Preprocess(mean, std, step.execution.device)
     return EvaluationStep(models, preprocess, step.execution, num_classes, recipe.train.label_smoothing, step.ranks)
+
+
+def explain_layers(recipe: Recipe, execution: Execution, compiled: bool = False, processes: int = 1) -> list[str]:
+    """Which implementations the layers of a run on the CPU have, and why.
+
+    Args:
+        compiled: whether ``torch.compile`` compiles the network.
+        processes: how many share each batch.
+    """
+    if compiled:
+        return ["bottleneck and batch_norm: eager on cpu, because torch.compile sees only PyTorch's operators"]
+    why = ""
+    if execution.autocast_dtype != torch.bfloat16:
+        why = "the run computes in float32"
+    elif recipe.train.convolutions != "auto":
+        why = f"train.convolutions is {recipe.train.convolutions}"
+    elif processes > 1 and recipe.train.batch_norm == "sync":
+        why = "batch norm is that of all processes"
+    bottleneck = f"bottleneck: eager on cpu, because {why}" if why else explain("bottleneck", "cpu")
+    if bottleneck.startswith("bottleneck: native"):
+        return [bottleneck]
+    norm = explain("batch_norm", "cpu")
+    together = bottleneck.partition(": ")[2] == norm.partition(": ")[2]
+    return ["bottleneck and " + norm] if together else [bottleneck, norm]

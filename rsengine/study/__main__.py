@@ -14,7 +14,7 @@ from rsengine.config import Recipe
 from rsengine.data import Dataset, find_dataset
 from rsengine.data.find import NotConverted
 from rsengine.errors import run_command
-from rsengine.output import add_output_options, escaped, program, speaker
+from rsengine.output import add_output_options, counted, escaped, program, speaker
 from rsengine.run.files import remove_leftovers
 from rsengine.run.folder import RUNS, locked, make_folder
 from rsengine.run.formats import NO_SPREAD
@@ -135,7 +135,7 @@ def _announce(
     for row in rows:
         time = row["predicted_seconds"]
         words = "time known once the data are converted" if time is None else f"about {duration(time)}"
-        print(f"{row['trial']}: {row['epochs']} epochs, {words}")
+        print(f"{row['trial']}: {counted(row['epochs'], 'epoch')}, {words}")
     count = f"{len(rows)} trials on {len(workers)} worker{'s' * (len(workers) > 1)}"
     print(f"{count}: {'time known once the data are converted' if whole is None else f'about {duration(whole)}'}")
 
