@@ -89,7 +89,7 @@ def examine() -> list[Finding]:
     packages = [_needed(*each) for each in NEEDED.items()]
     findings += packages
     if all(finding.state == GOOD for finding in packages):
-        checks = (_device, _gpu, _loader, _normalisation, _fused, _compiler, _data)
+        checks = (_device, _gpu, _loader, _layers, _fused, _compiler, _data)
         findings += [_examined(check) for check in checks]
     return findings + [_extra(name, *about) for name, about in EXTRAS.items()]
 
@@ -174,15 +174,20 @@ def _loader() -> Finding:
     return Finding("loader", GOOD, choose_loader("auto").reason)
 
 
-def _normalisation() -> Finding:
+def _layers() -> Finding:
+    from rsengine.config import Recipe
+    from rsengine.device import choose_execution
+    from rsengine.engine.build import explain_layers
     from rsengine.kernels import explain
 
-    chosen = explain("batch_norm")
-    slow = chosen.startswith("batch_norm: eager on cpu")
+    execution = choose_execution()
+    on_cpu = execution.device.type == "cpu"
+    chosen = explain_layers(Recipe(), execution) if on_cpu else [explain("batch_norm", execution.device)]
+    slow = on_cpu and "batch_norm: eager" in chosen[-1]
     return Finding(
-        "batch norm",
+        "layers",
         OPTIONAL if slow else GOOD,
-        chosen.removeprefix("batch_norm: "),
+        "; ".join(chosen),
         "install a C compiler, such as gcc, for passes that are faster" if slow else "",
     )
 

@@ -153,7 +153,7 @@ def test_doctor_finds_this_machine_ready(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["healthy"]
     found = {each["subject"]: each for each in report["findings"]}
-    assert {"machine", "cache", "device", "loader", "batch norm", "kernels", "data", "torch"} <= set(found)
+    assert {"machine", "cache", "device", "loader", "layers", "kernels", "data", "torch"} <= set(found)
     assert all(each["remedy"] for each in report["findings"] if each["state"] == doctor.OPTIONAL and "not installed" in
                each["what"])  # fmt: skip
     assert doctor.main([]) == 0
