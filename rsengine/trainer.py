@@ -75,6 +75,7 @@ class Trainer:
 
     Attributes:
         watch: called with each record after it is logged, see :mod:`rsengine.run.log`.
+        stop: the signal that has asked the run to stop, if there was one.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class Trainer:
         self.best: dict[str, float | int] = {"accuracy": -1.0, "epoch": 0}
         self.result: dict[str, Evaluation] = {}  # of the last evaluation in this process
         self.resumed = False
+        self.stop = StopRequest()
         self._first_step_pending = True
         self._saving = 0.0  # seconds, since the last record
 
@@ -154,18 +156,18 @@ class Trainer:
         display = Display(self.total_steps, self.steps_done, train.epochs, train.batch_size, self.say, work, self.bar)
         ranks = self.ranks
         ranks.copy_from_main_(self.step.state_tensors())
-        with contextlib.closing(display), stop_requests() as stop:
+        with contextlib.closing(display), stop_requests() as self.stop:
             while self.progress.epoch < train.epochs:
                 size = self.image_sizes[self.progress.epoch]
                 if step is None or size != self.step.image_size:
                     self.step.image_size = size
                     first, step = step is None, None  # a graph leaves its memory to the next one
                     step = self._choose_step(first)
-                if stopped_by := self._train_epoch(step, display, stop):
+                if stopped_by := self._train_epoch(step, display):
                     self.save()
                     return stopped_by
                 self._finish_epoch(display)
-                (stopped_by,) = ranks.most(stop.signal)
+                (stopped_by,) = ranks.most(self.stop.signal)
                 if stopped_by and self.progress.epoch < train.epochs:
                     return stopped_by  # it came during the evaluation, which was completed
         self._renew()
@@ -182,7 +184,7 @@ class Trainer:
                 self.captured_evaluation = CapturedStep(self.evaluation, batch, self.recorder)
         return choose_step(self.step, inputs, recorder=self.recorder, compile=self.compile and first)
 
-    def _train_epoch(self, step: Callable[..., None], display: Display, stop: StopRequest) -> int:
+    def _train_epoch(self, step: Callable[..., None], display: Display) -> int:
         """Train for the rest of the current epoch. Returns the number of the signal that stopped it early, or 0."""
         progress, interval = self.progress, self.recipe.train.log_interval
         started = saved = time.perf_counter()
@@ -209,7 +211,7 @@ class Trainer:
                 checkpoint_due = minutes > 0 and time.perf_counter() - saved > 60 * minutes
                 last = progress.batch == self.steps_per_epoch
                 # Read once: a signal may come between any two lines.
-                stopping, checkpoint_due = self._agreed(stop.signal, checkpoint_due, last)
+                stopping, checkpoint_due = self._agreed(self.stop.signal, checkpoint_due, last)
                 if interval_steps == interval or last or stopping or checkpoint_due:
                     started = self._record_interval(display, started, waited)
                     interval_steps, waited = 0, 0.0

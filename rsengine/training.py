@@ -213,7 +213,8 @@ def _train(request: Request, say: Callable[[str], None], held: contextlib.ExitSt
     resume = resume_command(request, out, ranks)
     announce(trainer, dataset, request, say)
     threads = execution.threads if execution.device.type == "cpu" else 1
-    with compile_errors() if request.compile else contextlib.nullcontext(), beside_others(threads):
+    compiling = compile_errors(lambda: bool(trainer.stop.signal)) if request.compile else contextlib.nullcontext()
+    with compiling, beside_others(threads):
         stopped = trainer.run()
     if stopped:  # printed first, and without an evaluation: whoever stops a run should not have to wait
         where = f"step {trainer.steps_done} of {trainer.total_steps}"

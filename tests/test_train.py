@@ -419,6 +419,18 @@ def test_what_the_compiler_of_pytorch_cannot_do_is_one_line(toy, capsys, monkeyp
     assert re.match("error: --compile: PyTorch cannot compile the network here .*; leave out --compile", error)
 
 
+def test_ctrl_c_that_ends_the_compiler_too_is_no_error_of_it(toy, capsys, monkeypatch):
+    def interrupted(_module, _inputs):
+        signal.raise_signal(signal.SIGINT)
+        raise ImportError("the compiler was ended by signal 2")
+
+    monkeypatch.setattr(
+        graph_module, "compile_forward", lambda model: model.compile(backend=interrupted, dynamic=False)
+    )
+    assert toy("--epochs", "1", "--compile") == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+
+
 def test_a_disk_that_fills_up_ends_a_run_in_one_line(toy, toy_dataset, capsys, monkeypatch):
     assert toy("--epochs", "1", "--set", "train.limit_train_batches=2", out="whole") == 0
     plain, calls = os.fsync, []

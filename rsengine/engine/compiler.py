@@ -9,7 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rsengine.device import Execution
@@ -51,13 +51,20 @@ def check_compiler(execution: Execution) -> None:
 
 
 @contextlib.contextmanager
-def compile_errors() -> Iterator[None]:
-    """In this block, an error of PyTorch's compiler is a :class:`SettingsError` of one line."""
+def compile_errors(is_interrupted: Callable[[], bool]) -> Iterator[None]:
+    """In this block, an error of PyTorch's compiler is a :class:`SettingsError` of one line.
+
+    Args:
+        is_interrupted: whether the user has pressed Ctrl-C. That ends the C++ compiler too, so the error is a
+            ``KeyboardInterrupt`` then.
+    """
     from torch._dynamo.exc import TorchDynamoException
 
     try:
         yield
     except TorchDynamoException as error:
+        if is_interrupted():
+            raise KeyboardInterrupt from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         words = f"--compile: PyTorch cannot compile the network here ({reason[:300]}); leave out --compile"
         raise SettingsError(words) from error
