@@ -81,18 +81,18 @@ def bottleneck(
     """
     all_layers = [*layers, shortcut] if shortcut else list(layers)
     _check_bottleneck(x, layers, squeeze_excite, shortcut, pool, keep_scale)
+    squeeze_excite = squeeze_excite or None
     tensors = [t for layer in all_layers for t in layer[:5]] + list(squeeze_excite or ())
     if choose_blocks("bottleneck", impl, x, tensors) == "native":
         from .native.blocks import Bottleneck
 
         flat = [t for layer in all_layers for t in layer[:3]] + list(squeeze_excite or ())
         return Bottleneck.apply(x, all_layers, squeeze_excite, pool, keep_scale, momentum, eps, *flat)
-    branch = conv_batch_norm_relu(x, layers[:2], momentum, eps, impl="eager")
     last = layers[2]
+    branch = _conv(conv_batch_norm_relu(x, layers[:2], momentum, eps, impl="eager"), last)
     if shortcut:
         other = batch_norm(_conv(pooled(x, pool), shortcut), *shortcut[1:5], momentum, eps)
-    branch = _conv(branch, last)
-    if not shortcut:
+    else:
         other = x.to(branch.dtype)
     if squeeze_excite:
         arguments = *last[1:5], *squeeze_excite, other, keep_scale, momentum, eps
@@ -128,7 +128,7 @@ def _check_bottleneck(
         raise ValueError(f"pool: expected an integer >= 1; got {pool!r}")
     shape, other = _outputs(tuple(x.shape), layers), tuple(x.shape)
     if shortcut is not None:
-        _check(x, [shortcut], "shortcut")
+        _check_layers(x.shape[1], [shortcut], "shortcut")
         pooled_size = (-(-size // pool) for size in other[2:])
         other = _outputs((*other[:2], *pooled_size), [shortcut])
     if other != shape:
@@ -150,13 +150,17 @@ def _outputs(shape: tuple[int, ...], layers: Sequence[ConvNorm]) -> tuple[int, .
     return shape
 
 
-def _check(x: Tensor, layers: Sequence[ConvNorm], name: str = "") -> None:
+def _check(x: Tensor, layers: Sequence[ConvNorm]) -> None:
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x: expected floating point (N, C, H, W); got {x.dtype} {tuple(x.shape)}")
     check_memory(x=x)
     if not layers:
         raise ValueError("layers: expected at least one; got none")
-    channels = x.shape[1]
+    _check_layers(x.shape[1], layers)
+
+
+def _check_layers(channels: int, layers: Sequence[ConvNorm], name: str = "") -> None:
+    """Refuse layers that do not follow each other from maps of so many channels. ``name``: of the only one."""
     for i, layer in enumerate(layers):
         place = name or f"layers[{i}]"
         if not isinstance(layer, ConvNorm):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -213,7 +214,9 @@ def _train(request: Request, say: Callable[[str], None], held: contextlib.ExitSt
     resume = resume_command(request, out, ranks)
     announce(trainer, dataset, request, say)
     threads = execution.threads if execution.device.type == "cpu" else 1
-    compiling = compile_errors(lambda: bool(trainer.stop.signal)) if request.compile else contextlib.nullcontext()
+    compiling = contextlib.nullcontext()
+    if request.compile:
+        compiling = compile_errors(lambda: trainer.stop.signal == signal.SIGINT)
     with compiling, beside_others(threads):
         stopped = trainer.run()
     if stopped:  # printed first, and without an evaluation: whoever stops a run should not have to wait

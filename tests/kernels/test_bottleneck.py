@@ -239,6 +239,8 @@ def test_the_output_has_the_dtype_of_autocast_whatever_the_shortcut(impl):
         with torch.autocast("cpu", torch.bfloat16):
             y = bottleneck(torch.randn(2, 16, 5, 5), [plain(*a) for a in BRANCH], None, shortcut, impl=impl)
         assert y.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):  # as good as None
+        bottleneck(torch.randn(2, 16, 5, 5), [plain(*a) for a in BRANCH], (), impl=impl)
     y = bottleneck(torch.randn(2, 16, 5, 5), [plain(*a) for a in BRANCH], floats(16, 4))
     assert y.dtype == torch.float32
 
@@ -247,6 +249,10 @@ def test_the_output_has_the_dtype_of_autocast_whatever_the_shortcut(impl):
 def test_memory_that_was_freed_is_refused():
     x, layers = torch.randn(2, 16, 5, 5), [plain(*a) for a in BRANCH]
     with torch.autocast("cpu", torch.bfloat16):
+        other = plain(16, 8)
+        other.weight.untyped_storage().resize_(0)
+        with pytest.raises(TypeError, match="weight: its memory was freed"):
+            bottleneck(x, [other, *layers[1:]], impl="native")
         x.untyped_storage().resize_(0)
         with pytest.raises(ValueError, match="x: expected a tensor with memory"):
             bottleneck(x, layers, impl="native")
